@@ -1,0 +1,279 @@
+"""The contract of a unified model: one backbone, two information flows (DIVA Sec. 3.1).
+
+*Understanding* (U): image and an instruction in, caption out. *Generation* (G): caption and a partly masked image in,
+the masked content out. Both flows look at the same image-text pair, the *anchor*; what the kit studies are the hidden
+states of the two flows at the positions of the image tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+MASK_RATIO = (0.2, 0.6)  # DIVA Sec. 3.1: the ratio is drawn anew for every example
+MASK_LAYOUTS = ("dispersed", "contiguous")
+
+
+@dataclass
+class FlowOutput:
+    """What one flow leaves behind.
+
+    Attributes:
+        loss: scalar, mean over supervised tokens (nats).
+        per_example_loss: [B], mean over each example's supervised tokens.
+        hidden_states: layer -> [B, N, d] at the *input* positions of the image tokens in raster order. Layer 0 is the
+            input embedding, layer l the output of block l (no final norm).
+        grid: (rows, columns) of the image tokens, rows * columns = N.
+        mask: [B, N] bool, True where the image token was hidden (generation only).
+        logits, labels: over the flow's own vocabulary block, -100 where unsupervised; or
+        prediction, target: for continuous heads.
+    """
+
+    loss: Tensor
+    per_example_loss: Tensor
+    hidden_states: dict[int, Tensor]
+    grid: tuple[int, int]
+    mask: Tensor | None = None
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+    prediction: Tensor | None = None
+    target: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode. Text is greedy at temperature 0; images take ``steps`` rounds of masked prediction."""
+
+    max_new_tokens: int = 64
+    text_temperature: float = 0.0
+    steps: int = 12
+    temperature: float = 1.0
+    #: Gumbel noise on the confidence that decides which tokens are kept, annealed to 0 (MaskGIT).
+    choice_temperature: float = 2.0
+    guidance: float = 2.0  # classifier-free guidance: logits = uncond + guidance * (cond - uncond); 1 switches it off
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.steps < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}, steps={self.steps}; expected at least 1 of each")
+        if min(self.text_temperature, self.temperature, self.choice_temperature, self.guidance) < 0:
+            raise ValueError(f"temperatures and guidance must not be negative: {self}")
+
+
+@runtime_checkable
+class UnifiedModel(Protocol):
+    """Structural contract; ``umm-kit check MODEL`` reports which tier a model meets.
+
+    *Diagnosable*: both flows and ``layer_parameters``. *Drivable*: ``understand`` and ``generate``.
+    *Preference-trainable*: ``image_log_prob``. What a family cannot do raises NotImplementedError with the reason.
+    """
+
+    embedding: nn.Module
+    num_layers: int
+    hidden_size: int
+    grid: tuple[int, int]
+
+    def understanding_flow(self, batch: Mapping[str, Any], layers: Sequence[int] | None = None) -> FlowOutput: ...
+
+    def generation_flow(
+        self,
+        batch: Mapping[str, Any],
+        mask_ratio: float | tuple[float, float] = MASK_RATIO,
+        mask_layout: str = "dispersed",
+        generator: torch.Generator | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> FlowOutput: ...
+
+    def layer_parameters(self) -> OrderedDict[str, list[nn.Parameter]]: ...
+
+    def understand(self, images: Tensor, prompts: Sequence[str] | None = None, decoding: Decoding = Decoding(), generator: torch.Generator | None = None) -> list[str]: ...
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        images: Tensor | None = None,
+        mask: Tensor | None = None,
+        decoding: Decoding = Decoding(),
+        generator: torch.Generator | None = None,
+    ) -> Tensor: ...
+
+
+def as_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
+    """All layers 0..L by default; refuses unknown ones (negative numbers count from the last)."""
+    wanted = range(num_layers + 1) if layers is None else layers
+    out = [layer + num_layers + 1 if layer < 0 else layer for layer in wanted]
+    bad = [layer for layer in out if not 0 <= layer <= num_layers]
+    if bad:
+        raise ValueError(f"layers {bad} do not exist: this model has layers 0 (embedding) to {num_layers}")
+    return out
+
+
+def check_images(images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Refuse what is not a batch of RGB images in [0, 1]."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images are {shape}; expected a tensor [batch, 3, height, width]")
+    if not images.is_floating_point():
+        raise ValueError(f"images have dtype {images.dtype}; expected floats in [0, 1] (divide bytes by 255)")
+    if size is not None and tuple(images.shape[-2:]) != tuple(size):
+        raise ValueError(f"images are {tuple(images.shape[-2:])} pixels; this model reads {tuple(size)}: resize them (uk.ImageText does)")
+    if images.numel():
+        low, high = images.detach().aminmax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise ValueError("images hold NaN or infinite values; expected floats in [0, 1]")
+        if low < -1e-3 or high > 1 + 1e-3:
+            raise ValueError(f"images range from {float(low):.3g} to {float(high):.3g}; expected [0, 1]")
+    return images
+
+
+def check_batch(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch pairs by position inside itself and by id with the world: lengths agree, ids are unique."""
+    missing = {"images", "texts", "ids"} - set(batch)
+    if missing:
+        raise ValueError(f"the batch lacks {sorted(missing)}; it has {sorted(batch)} (uk.collate makes one from data set items)")
+    n = {key: len(batch[key]) for key in ("images", "texts", "ids")}
+    if len(set(n.values())) != 1:
+        raise ValueError(f"images, texts and ids differ in number: {n}")
+    if n["ids"] == 0:
+        raise ValueError("the batch is empty; expected at least one image-text pair")
+    if len(set(batch["ids"])) < n["ids"]:
+        repeated = sorted({i for i in batch["ids"] if list(batch["ids"]).count(i) > 1})
+        raise ValueError(f"ids repeat within the batch: {repeated[:5]}; pairing is by id, so each must be unique")
+    return batch
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Items of a data set (id, images, texts, factors) to one batch (ids, images, texts, factors)."""
+    if not items:
+        raise ValueError("no items to collate; expected at least one")
+    batch: dict[str, Any] = {
+        "ids": [item["id"] for item in items],
+        "texts": [item["texts"] for item in items],
+        "images": torch.stack([item["images"] for item in items]),
+    }
+    if all("factors" in item for item in items):
+        batch["factors"] = {k: torch.stack([item["factors"][k] for item in items]) for k in items[0]["factors"]}
+    return check_batch(batch)  # type: ignore[return-value]
+
+
+def draw_mask(
+    n: int,
+    grid: tuple[int, int],
+    ratio: float | tuple[float, float] = MASK_RATIO,
+    layout: str = "dispersed",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Masks [n, rows * columns] (True = hidden), a fixed share of the tokens or one drawn from a range per example.
+
+    "dispersed" hides positions drawn without replacement; "contiguous" one rectangle of about the same area at a random
+    place (the ablation of DIVA). At least one token is hidden and, below ratio 1, at least one stays visible.
+    Draws happen on the CPU, so that one seed means one mask on every device.
+    """
+    low, high = (ratio, ratio) if isinstance(ratio, int | float) else ratio
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"mask ratio is {ratio}; expected a number in (0, 1] or a range within it")
+    if layout not in MASK_LAYOUTS:
+        raise ValueError(f"mask layout is {layout!r}; expected one of {MASK_LAYOUTS}")
+    rows, columns = grid
+    total = rows * columns
+    share = low + (high - low) * torch.rand(n, generator=generator)
+    count = (share * total).round().long().clamp(1, total if high == 1 else max(total - 1, 1))
+    if layout == "dispersed":
+        order = torch.rand(n, total, generator=generator).argsort(1).argsort(1)
+        return order < count[:, None]
+    u = torch.rand(n, 3, generator=generator)
+    mask = torch.zeros(n, rows, columns, dtype=torch.bool)
+    for i in range(n):
+        area = int(count[i])
+        # A height between what the width allows and the whole image, then the width that gives the area.
+        smallest = math.ceil(area / columns)
+        height = min(rows, smallest + int(u[i, 0] * (min(rows, area) - smallest + 1)))
+        width = min(columns, max(1, round(area / height)))
+        top, left = int(u[i, 1] * (rows - height + 1)), int(u[i, 2] * (columns - width + 1))
+        mask[i, top : top + height, left : left + width] = True
+    return mask.flatten(1)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats over labels that are not -100: (mean over supervised tokens, [B] mean per example)."""
+    flat = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
+    token = flat.view_as(labels)
+    supervised = labels != -100
+    if not bool(supervised.any()):
+        raise ValueError("no token is supervised in this batch: every label is -100 (empty captions or an empty mask?)")
+    per_example = token.sum(1) / supervised.sum(1).clamp(min=1)
+    return token.sum() / supervised.sum(), per_example
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """"auto" prefers cuda, then mps, then the CPU."""
+    if str(device) != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@dataclass
+class CheckReport:
+    """What a model meets of the contract, and what is missing, in words."""
+
+    family: str
+    met: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tier(self) -> str:
+        tiers = {"diagnosable": DIAGNOSABLE, "drivable": DRIVABLE, "preference-trainable": ("image_log_prob",)}
+        best = [name for name, needs in tiers.items() if all(n in self.met for n in needs)]
+        return ", ".join(best) or "none"
+
+    def __str__(self) -> str:
+        lines = [f"{self.family}: {self.tier}"] + [f"  ok       {name}" for name in self.met]
+        return "\n".join(lines + [f"  missing  {name}: {why}" for name, why in self.missing.items()])
+
+
+DIAGNOSABLE = ("embedding", "num_layers", "hidden_size", "grid", "layer_parameters", "understanding_flow", "generation_flow")
+DRIVABLE = ("understand", "generate")
+
+
+def check_model(model: Any, batch: Mapping[str, Any]) -> CheckReport:
+    """Run every part of the contract once on a small batch and report what works (``umm-kit check``)."""
+    report = CheckReport(type(model).__name__)
+    n = len(batch["ids"])
+
+    def flow(name: str) -> None:
+        out = getattr(model, name)(batch)
+        length = out.grid[0] * out.grid[1]
+        if sorted(out.hidden_states) != list(range(model.num_layers + 1)):
+            raise ValueError(f"hidden states of layers {sorted(out.hidden_states)}; expected 0 to {model.num_layers}")
+        for layer, states in out.hidden_states.items():
+            if tuple(states.shape) != (n, length, model.hidden_size):
+                raise ValueError(f"layer {layer} states are {tuple(states.shape)}; expected {(n, length, model.hidden_size)}")
+        if not torch.isfinite(out.loss):
+            raise ValueError(f"the loss is {float(out.loss)}")
+
+    probes = {
+        "layer_parameters": lambda: [p for group in model.layer_parameters().values() for p in group][0],
+        "understanding_flow": lambda: flow("understanding_flow"),
+        "generation_flow": lambda: flow("generation_flow"),
+        "understand": lambda: model.understand(batch["images"]),
+        "generate": lambda: check_images(model.generate(batch["texts"])),
+        "image_log_prob": lambda: model.image_log_prob(batch["texts"], batch["images"]),
+    }
+    with torch.no_grad():
+        for name in ("embedding", "num_layers", "hidden_size", "grid", *probes):
+            try:
+                if name in probes:
+                    probes[name]()
+                else:
+                    getattr(model, name)
+                report.met.append(name)
+            except (NotImplementedError, AttributeError, ValueError, RuntimeError, TypeError) as error:
+                report.missing[name] = f"{type(error).__name__}: {error}"
+    return report
