@@ -1,0 +1,57 @@
+"""umm_kit: small unified multimodal models, their two information flows, and an exact oracle to score them.
+
+Public names are imported on first use, so that ``import umm_kit`` costs nothing (torch comes with the first of them).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: public name -> the module that defines it
+_NAMES = {
+    "Shapes": "umm_kit.data.shapes",
+    "Nuisance": "umm_kit.data.shapes",
+    "Oracle": "umm_kit.data.oracle",
+    "ImageText": "umm_kit.data.imagetext",
+    "Digits": "umm_kit.data.imagetext",
+    "load": "umm_kit.models",
+    "collate": "umm_kit.models.base",
+    "draw_mask": "umm_kit.models.base",
+    "check_model": "umm_kit.models.base",
+    "Decoding": "umm_kit.models.base",
+    "extract": "umm_kit.features",
+    "evaluate": "umm_kit.evaluation",
+    "compare": "umm_kit.evaluation",
+    "PretrainTrainer": "umm_kit.trainers.pretrain",
+    "PretrainConfig": "umm_kit.trainers.pretrain",
+    "expect": "umm_kit.reproduce",
+}
+
+if TYPE_CHECKING:
+    from umm_kit.data.imagetext import Digits, ImageText
+    from umm_kit.data.oracle import Oracle
+    from umm_kit.data.shapes import Nuisance, Shapes
+    from umm_kit.evaluation import compare, evaluate
+    from umm_kit.features import extract
+    from umm_kit.models import load
+    from umm_kit.models.base import Decoding, check_model, collate, draw_mask
+    from umm_kit.reproduce import expect
+    from umm_kit.trainers.pretrain import PretrainConfig, PretrainTrainer
+
+__all__ = [
+    "Decoding", "Digits", "ImageText", "Nuisance", "Oracle", "PretrainConfig", "PretrainTrainer", "Shapes", "__version__",
+    "check_model", "collate", "compare", "draw_mask", "evaluate", "expect", "extract", "load",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(import_module(_NAMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'umm_kit' has no attribute {name!r}; it has {', '.join(sorted(_NAMES))}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})

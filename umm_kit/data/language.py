@@ -129,12 +129,12 @@ def question(objects: Sequence[SceneObject], kind: str, u: np.ndarray, negative:
         colour, shape = pick(absent, 1)
         return Question(kind, f"is there {phrase(None, colour, shape)}?", "no", how)
     if kind == "colour":
-        shapes = Counter(o.shape for o in objects)
-        options = [o for o in objects if shapes[o.shape] == 1]
+        of_shape = Counter(o.shape for o in objects)
+        options = [o for o in objects if of_shape[o.shape] == 1]
         return Question(kind, f"what colour is the {(o := pick(options, 1)).shape}?", o.colour) if options else None
     if kind == "shape":
-        colours = Counter(o.colour for o in objects)
-        options = [o for o in objects if colours[o.colour] == 1]
+        of_colour = Counter(o.colour for o in objects)
+        options = [o for o in objects if of_colour[o.colour] == 1]
         return Question(kind, f"what shape is the {(o := pick(options, 1)).colour} thing?", o.shape) if options else None
     if kind == "count":
         if u[0] < 0.5:
@@ -155,7 +155,8 @@ def question(objects: Sequence[SceneObject], kind: str, u: np.ndarray, negative:
         if not pairs:
             return None
         a, b = pick(pairs, 1)
-        return Question(kind, f"where is the {a.colour} {a.shape} from the {b.colour} {b.shape}?", str(main_relation(a, b)).removesuffix(" of"))
+        text = f"where is the {a.colour} {a.shape} from the {b.colour} {b.shape}?"
+        return Question(kind, text, str(main_relation(a, b)).removesuffix(" of"))
     raise ValueError(f"question kind is {kind!r}; expected one of {QUESTION_KINDS}")
 
 
@@ -203,7 +204,8 @@ def prompts(split: str = "test", n_per_category: int = 64, seed: int = 0, catego
                     found[category].append(Prompt(f"{split}-{seed}-{category}-{start + row}", category, text))
         if all(len(f) == n_per_category for f in found.values()):
             return [p for c in categories for p in found[c]]
-    raise ValueError(f"the {split!r} split has fewer than {n_per_category} prompts of some category: { {c: len(f) for c, f in found.items()} }")
+    short = {category: len(f) for category, f in found.items() if len(f) < n_per_category}
+    raise ValueError(f"the {split!r} split has fewer than {n_per_category} prompts of these categories: {short}")
 
 
 # --- from words to facts -----------------------------------------------------------------------------------------------
@@ -299,5 +301,6 @@ def vocabulary_corpus() -> Iterator[str]:
             for number in range(1, 5):
                 yield phrase("small", colour, shape, number, CELLS[0])
     yield from (phrase("large", COLOURS[0], None, cell=c) for c in CELLS)
+    yield from (phrase(None, colour, None) for colour in COLOURS)  # "an" orange thing
     yield "describe, and: is there a thing? what colour is the thing? what shape are things? where from? how many?"
     yield from (" ".join(RELATIONS), "left right above below yes no", " ".join(NUMBERS))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SHAPES = ("circle", "square", "triangle", "cross", "diamond")
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 SIZES = ("small", "large")
 CELLS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
@@ -29,7 +29,7 @@ HELD_OUT = (("orange", "triangle"), ("green", "cross"), ("purple", "circle"))
 TEXTURE_LEVELS = {"none": 1, "mid": 2, "high": 8}
 
 RGB = np.array(
-    [[0.82, 0.08, 0.10], [0.86, 0.46, 0.02], [0.84, 0.80, 0.06], [0.06, 0.58, 0.16], [0.10, 0.26, 0.84], [0.56, 0.14, 0.70]],
+    [[0.82, 0.08, 0.10], [0.86, 0.46, 0.02], [0.84, 0.80, 0.06], [0.04, 0.60, 0.12], [0.10, 0.26, 0.84], [0.58, 0.08, 0.76]],
     dtype=np.float32,
 )
 # Mildly uneven frequencies, so that "popular" negatives (POPE) differ from random ones.
@@ -79,7 +79,7 @@ class Nuisance:
                 raise ValueError(f"nuisance strength {name}={getattr(self, name)} is outside [0, 2]")
 
 
-def _hash_uniform(key: np.ndarray, columns: int) -> np.ndarray:
+def hash_uniform(key: np.ndarray, columns: int) -> np.ndarray:
     """Uniform [0, 1) draws, one row per 64-bit key, by the splitmix64 mixer: stateless, hence order-free."""
     with np.errstate(over="ignore"):
         step = np.arange(1, columns + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -90,13 +90,13 @@ def _hash_uniform(key: np.ndarray, columns: int) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
-def _key(seed: int, salt: int, index: np.ndarray) -> np.ndarray:
+def stream_key(seed: int, salt: int, index: np.ndarray) -> np.ndarray:
     """A well-mixed 64-bit key for (seed, salt, index)."""
-    base = _hash_uniform(np.array([seed], dtype=np.int64).view(np.uint64), 1)[0, 0]
+    base = hash_uniform(np.array([seed], dtype=np.int64).view(np.uint64), 1)[0, 0]
     start = np.uint64(int(base * (1 << 53)) ^ (salt * 0x632BE59BD9B4E019 & 0xFFFFFFFFFFFFFFFF))
     with np.errstate(over="ignore"):
         mixed = start + index.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
-    return (_hash_uniform(mixed, 1)[:, 0] * (1 << 53)).astype(np.uint64) * np.uint64(2048)
+    return (hash_uniform(mixed, 1)[:, 0] * (1 << 53)).astype(np.uint64) * np.uint64(2048)
 
 
 @dataclass
@@ -114,8 +114,10 @@ class Scenes:
 
     def objects(self, row: int) -> list[SceneObject]:
         return [
-            SceneObject(CELLS[self.cell[row, k]], SHAPES[self.shape[row, k]], COLOURS[self.colour[row, k]], SIZES[self.size[row, k]])
-            for k in range(self.count[row])
+            SceneObject(CELLS[cell], SHAPES[shape], COLOURS[colour], SIZES[size])
+            for cell, shape, colour, size in zip(
+                *(a[row, : self.count[row]] for a in (self.cell, self.shape, self.colour, self.size)), strict=True
+            )
         ]
 
     @staticmethod
@@ -125,7 +127,8 @@ class Scenes:
         out = Scenes(np.array([len(o) for o in objects], dtype=np.int64), *(np.full((n, MAX_OBJECTS), -1) for _ in range(4)))
         for row, scene in enumerate(objects):
             if not 1 <= len(scene) <= MAX_OBJECTS or len({o.cell for o in scene}) < len(scene):
-                raise ValueError(f"scene {row} has {len(scene)} objects in {len({o.cell for o in scene})} cells; expected 1-4 in distinct cells")
+                cells = len({o.cell for o in scene})
+                raise ValueError(f"scene {row} has {len(scene)} objects in {cells} cells; expected 1-4 in distinct cells")
             for k, item in enumerate(sorted(scene, key=lambda o: CELLS.index(o.cell))):
                 out.cell[row, k], out.shape[row, k] = CELLS.index(item.cell), SHAPES.index(item.shape)
                 out.colour[row, k], out.size[row, k] = COLOURS.index(item.colour), SIZES.index(item.size)
@@ -140,7 +143,7 @@ def meaning_key(scenes: Scenes) -> np.ndarray:
 
 
 def _draw(seed: int, salt: int, index: np.ndarray) -> Scenes:
-    u = _hash_uniform(_key(seed, salt, index), 27)
+    u = hash_uniform(stream_key(seed, salt, index), 27)
     count = 1 + (u[:, 0] * MAX_OBJECTS).astype(np.int64)
     present = np.arange(MAX_OBJECTS) < count[:, None]
     cell = np.argsort(u[:, 1:10], axis=1)[:, :MAX_OBJECTS]
@@ -162,7 +165,7 @@ def _admissible(scenes: Scenes, split: str) -> np.ndarray:
     if split == "heldout":
         return held
     # Meanings of two objects or more belong to one split only; the few of one object are shared by all.
-    bucket = (_hash_uniform(meaning_key(scenes).astype(np.uint64), 1)[:, 0] * 10).astype(int)
+    bucket = (hash_uniform(meaning_key(scenes).astype(np.uint64), 1)[:, 0] * 10).astype(int)
     mine = {"train": bucket < 8, "validation": bucket == 8, "test": bucket == 9}[split]
     return ~held & (mine | (scenes.count == 1))
 
@@ -173,18 +176,16 @@ def sample_scenes(split: str, seed: int, index: np.ndarray) -> Scenes:
         raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
     index = np.asarray(index, dtype=np.int64)
     out = Scenes(np.zeros(len(index), dtype=np.int64), *(np.full((len(index), MAX_OBJECTS), -1) for _ in range(4)))
-    pending = np.arange(len(index))
+    pending, wanted = np.arange(len(index)), out.count
     for attempt in range(_MAX_ATTEMPTS):
         if not len(pending):
             return out
         # Salts of the splits differ, so that equal indices do not share draws.
         draw = _draw(seed, 1 + SPLITS.index(split) + 8 * attempt, index[pending])
         # The share of single-object scenes must not grow with the rejections of the others: fix the count first.
-        if attempt:
-            draw_ok = draw.count == wanted[pending]
-        else:
-            wanted, draw_ok = draw.count.copy(), np.ones(len(index), dtype=bool)
-        ok = draw_ok & _admissible(draw, split)
+        if not attempt:
+            wanted = draw.count.copy()
+        ok = (draw.count == wanted[pending]) & _admissible(draw, split)
         rows = pending[ok]
         for field in ("count", "cell", "shape", "colour", "size"):
             getattr(out, field)[rows] = getattr(draw, field)[ok]
@@ -196,7 +197,7 @@ def sample_nuisance(strength: Nuisance, seed: int, index: np.ndarray) -> dict[st
     """Known values of the nuisance factors of scenes ``index``: grey, gradient, brightness, jitter, texture."""
     index = np.asarray(index, dtype=np.int64)
     cells = PATCH_GRID * PATCH_GRID
-    u = _hash_uniform(_key(seed, 7_000_003, index), 4 + 2 * MAX_OBJECTS + cells).astype(np.float32)
+    u = hash_uniform(stream_key(seed, 7_000_003, index), 4 + 2 * MAX_OBJECTS + cells).astype(np.float32)
     levels = TEXTURE_LEVELS[strength.texture]
     step = np.minimum((u[:, -cells:] * levels).astype(np.int64), levels - 1)
     texture = (2 * step / max(levels - 1, 1) - 1) * (levels > 1) * strength.texture_amplitude
@@ -218,13 +219,13 @@ def _coverage(shape: str, diameter: float, box: int, dx: float, dy: float, overs
     if shape == "circle":
         inside = x**2 + y**2 <= r**2
     elif shape == "square":
-        inside = np.maximum(abs(x), abs(y)) <= 0.88 * r
+        inside = np.maximum(abs(x), abs(y)) <= 0.96 * r
     elif shape == "triangle":
         inside = (y <= 0.88 * r) & (y >= -r) & (abs(x) <= (y + r) / (1.88 * r) * r)
     elif shape == "cross":
-        inside = (np.minimum(abs(x), abs(y)) <= 0.34 * r) & (np.maximum(abs(x), abs(y)) <= r)
+        inside = (np.minimum(abs(x), abs(y)) <= 0.30 * r) & (np.maximum(abs(x), abs(y)) <= r)
     else:
-        inside = abs(x) + abs(y) <= r
+        inside = (x**2 + y**2 <= r**2) & (x**2 + y**2 >= (0.52 * r) ** 2)
     return inside.reshape(box, oversample, box, oversample).mean((1, 3), dtype=np.float64).astype(np.float32)
 
 
@@ -266,7 +267,8 @@ def render(scenes: Scenes, nuisance: dict[str, np.ndarray], image_size: int = 32
         raise ValueError(f"image_size is {image_size}; expected a multiple of 16, at least 32")
     n, box = len(scenes), box_size(image_size)
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size * 2 - 1
-    ground = nuisance["grey"][:, None, None] + nuisance["gradient"][:, 0, None, None] * axis + nuisance["gradient"][:, 1, None, None] * axis[:, None]
+    slope_x, slope_y = nuisance["gradient"][:, 0, None, None], nuisance["gradient"][:, 1, None, None]
+    ground = nuisance["grey"][:, None, None] + slope_x * axis + slope_y * axis[:, None]
     pixels = image_size // PATCH_GRID
     ground = ground.reshape(n, PATCH_GRID, pixels, PATCH_GRID, pixels) + nuisance["texture"][:, :, None, :, None]
     images = np.repeat(ground.reshape(n, image_size, image_size, 1).astype(np.float32), 3, axis=3)
@@ -329,16 +331,17 @@ class Shapes(torch.utils.data.Dataset):
         return self.n
 
     def __repr__(self) -> str:
-        return f"Shapes({self.split!r}, n={self.n}, seed={self.seed}, image_size={self.image_size}, texture={self.nuisance.texture!r})"
+        settings = f"n={self.n}, seed={self.seed}, image_size={self.image_size}, texture={self.nuisance.texture!r}"
+        return f"Shapes({self.split!r}, {settings})"
 
-    def _index(self, indices: Sequence[int]) -> np.ndarray:
+    def _index(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         index = np.asarray(indices, dtype=np.int64)
         bad = index[(index < -self.n) | (index >= self.n)]
         if len(bad):
             raise IndexError(f"scene {bad[0]} is outside this data set of {self.n}")
         return index % self.n
 
-    def scenes(self, indices: Sequence[int]) -> Scenes:
+    def scenes(self, indices: Sequence[int] | np.ndarray) -> Scenes:
         """Said factors of the given scenes."""
         index = self._index(indices)
         if self._fixed is None:
@@ -349,11 +352,13 @@ class Shapes(torch.utils.data.Dataset):
         """Objects of scene i in raster order."""
         return self.scenes([i]).objects(0)
 
-    def images(self, indices: Sequence[int], nuisance_seed: int | None = None) -> Tensor:
+    def images(self, indices: Sequence[int] | np.ndarray, nuisance_seed: int | None = None) -> Tensor:
         """Images [n, 3, H, W]; another ``nuisance_seed`` renders the same captions under other nuisances."""
         return self._render(self.scenes(indices), self._index(indices), nuisance_seed)[0]
 
-    def _render(self, scenes: Scenes, index: np.ndarray, nuisance_seed: int | None = None) -> tuple[Tensor, dict[str, np.ndarray]]:
+    def _render(
+        self, scenes: Scenes, index: np.ndarray, nuisance_seed: int | None = None
+    ) -> tuple[Tensor, dict[str, np.ndarray]]:
         values = sample_nuisance(self.nuisance, self.nuisance_seed if nuisance_seed is None else nuisance_seed, index)
         return torch.from_numpy(render(scenes, values, self.image_size, self.nuisance.jitter)), values
 
@@ -367,14 +372,39 @@ class Shapes(torch.utils.data.Dataset):
 
         return caption(objects, pick_style(objects, u) if style == "mixed" else style)
 
-    def draws(self, indices: Sequence[int], n: int, stream: int = 0) -> np.ndarray:
+    def draws(self, indices: Sequence[int] | np.ndarray, n: int, stream: int = 0) -> np.ndarray:
         """Uniform draws [len(indices), n] that belong to the scenes: for whatever must be reproducible (styles, questions)."""
-        return _hash_uniform(_key(self.seed, 5_000_011 + stream, np.asarray(indices, dtype=np.int64)), n)
+        return hash_uniform(stream_key(self.seed, 5_000_011 + stream, np.asarray(indices, dtype=np.int64)), n)
+
+    def questions(self, indices: Sequence[int], n: int) -> list[list[tuple[str, str]]]:
+        """For each scene up to n pairs (question, answer) of different kinds, drawn for this scene."""
+        from umm_kit.data.language import QUESTION_KINDS, question
+
+        scenes, u = self.scenes(indices), self.draws(indices, len(QUESTION_KINDS) * 5, stream=1)
+        out = []
+        for row, draws in enumerate(u):
+            objects, order = scenes.objects(row), np.argsort(draws[: len(QUESTION_KINDS)])
+            rest = draws[len(QUESTION_KINDS) :].reshape(-1, 4)
+            asked = (question(objects, QUESTION_KINDS[kind], rest[kind]) for kind in order)
+            out.append([(q.text, q.answer) for q in asked if q][:n])
+        return out
+
+    def drawing_texts(self, indices: Sequence[int]) -> list[str]:
+        """For each scene a text to draw it from: its caption, or a shorter prompt that is true of it."""
+        from umm_kit.data.language import CATEGORIES, join, phrase, prompt
+
+        scenes, u = self.scenes(indices), self.draws(indices, 3, stream=2)
+        styles, out = self.draws(indices, 1)[:, 0], []
+        for row, draws in enumerate(u):
+            objects = scenes.objects(row)
+            short = [text for c in CATEGORIES if (text := prompt(objects, c))] or [join([phrase(None, o.colour, o.shape) for o in objects])]
+            out.append(self._caption(objects, styles[row], self.style) if draws[0] < 0.5 else short[int(draws[1] * len(short))])
+        return out
 
     def __getitem__(self, i: int) -> dict:
         return self.__getitems__([i])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> list[dict]:
         """A batch at once: rendering is vectorised over scenes (the DataLoader calls this)."""
         index = self._index(indices)
         scenes = self.scenes(index)

@@ -1,0 +1,41 @@
+"""What every test starts from: no network, no display, the same draws, and the shipped model loaded once."""
+
+import os
+
+# Before torch, transformers or matplotlib are imported: nothing may reach for a network or a display.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+for name in ("UMM_KIT_STRICT", "UMM_KIT_CLAIMS"):
+    os.environ.pop(name, None)
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """Global generators start alike in every test, so that no test depends on which ran before."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The shipped model; read-only: a test that trains takes a copy."""
+    import umm_kit as uk
+
+    return uk.load("tiny-masked").eval()

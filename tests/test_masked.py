@@ -1,0 +1,275 @@
+"""The first family against the contract: what sees what, what the losses are, what decoding keeps."""
+
+import math
+
+import pytest
+import torch
+
+from umm_kit.data.shapes import Shapes
+from umm_kit.models.base import Decoding, check_model, collate, draw_mask
+from umm_kit.models.masked import DESCRIBE, IGNORE, MaskedUMM
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    from umm_kit.data.language import vocabulary_corpus
+
+    return MaskedUMM.tiny(list(vocabulary_corpus()))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    data = Shapes("test", n=4)
+    return collate([data[i] for i in range(4)])
+
+
+def test_meets_the_contract(model, batch):
+    report = check_model(model, batch)
+    assert not report.missing and report.tier == "diagnosable, drivable, preference-trainable"
+
+
+def test_pack_by_hand(model):
+    out = model.pack([[("is there a red circle?", "yes")], [("describe", "a red circle"), ("what shape", None)]])
+    words = [model.words.convert_ids_to_tokens(row.tolist()) for row in out["ids"]]
+    assert words[0][:8] == ["is", "there", "a", "red", "circle", "?", "yes", "<eos>"]
+    # The label at each position is the next token where that token belongs to the target.
+    yes, eos = model._special("yes"), model._special("<eos>")
+    assert out["labels"][0, :8].tolist() == [IGNORE] * 5 + [yes, eos, IGNORE]
+    assert out["position"][1].tolist()[:7] == [0, 1, 2, 3, 4, 0, 1]
+    assert out["segment"][1].tolist()[:7] == [0, 0, 0, 0, 0, 1, 1]
+    assert (out["labels"][1, 5:7] == IGNORE).all()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_image_states_of_understanding_never_see_text(model, batch, layer):
+    other = {**batch, "texts": ["a large blue square"] * 4}
+    a, b = model.understanding_flow(batch), model.understanding_flow(other)
+    assert torch.equal(a.hidden_states[layer], b.hidden_states[layer])
+    assert not torch.allclose(a.loss, b.loss)
+
+
+def test_understanding_attention_pattern(model):
+    """Perturb one input at a time and see which outputs move: causal text, full image, segments apart."""
+    codes = torch.randint(model.codebook_size, (1, 64), generator=torch.Generator().manual_seed(1))
+    segments = [[("describe", "a small red circle"), ("how many circles are there?", "one")]]
+    packed = model.pack(segments)
+    base, states = model._understanding(codes, packed, [3])
+    first = int((packed["segment"][0] == 0).sum())
+    # One image token moves every image token and every text position.
+    changed = codes.clone()
+    changed[0, 63] = (codes[0, 63] + 1) % model.codebook_size
+    out, moved = model._understanding(changed, packed, [3])
+    assert ((moved[3] - states[3]).abs().amax(-1) > 0).all() and ((out - base).abs().amax(-1) > 0).all()
+    # A later word moves only what follows it in its own segment.
+    for position in (2, first + 1):
+        ids = packed["ids"].clone()
+        ids[0, position] = model._special("purple")
+        out, moved = model._understanding(codes, {**packed, "ids": ids}, [3])
+        touched = ((out - base).abs().amax(-1) > 0)[0]
+        own = packed["segment"][0] == packed["segment"][0, position]
+        expected = own & (torch.arange(len(own)) >= position)
+        assert torch.equal(touched, expected) and torch.equal(moved[3], states[3])
+
+
+def test_generation_attention_pattern(model):
+    codes = torch.randint(model.codebook_size, (1, 64), generator=torch.Generator().manual_seed(1))
+    mask = draw_mask(1, model.grid, 0.5, generator=torch.Generator().manual_seed(0))
+    ids = model.pack_captions(["a small red circle"])
+    base, _ = model._generation(codes, mask, ids)
+    hidden, shown = int(mask[0].nonzero()[0]), int((~mask[0]).nonzero()[0])
+    changed = codes.clone()
+    changed[0, hidden] = (codes[0, hidden] + 1) % model.codebook_size
+    assert torch.equal(model._generation(changed, mask, ids)[0], base), "a hidden token leaks into its own prediction"
+    changed = codes.clone()
+    changed[0, shown] = (codes[0, shown] + 1) % model.codebook_size
+    assert ((model._generation(changed, mask, ids)[0] - base).abs().amax(-1) > 0).all()
+    other = model.pack_captions(["a small blue circle"])
+    assert ((model._generation(codes, mask, other)[0] - base).abs().amax(-1) > 0).all()
+
+
+def test_padding_changes_nothing(model, batch):
+    alone = model.generation_flow(
+        {**{k: batch[k][:1] for k in ("images", "texts", "ids")}}, 0.4, generator=torch.Generator().manual_seed(3)
+    )
+    codes = model.image_tokenizer.encode(batch["images"][:1])
+    ids = model.pack_captions(
+        [batch["texts"][0], "a small red circle, a small red circle, a small red circle and a small red circle"]
+    )[:1]
+    hidden, _ = model._generation(codes, alone.mask, ids)
+    assert torch.allclose(model.image_head(hidden), alone.logits, atol=1e-5)
+
+
+def test_losses_equal_a_naive_count(model, batch):
+    out = model.understanding_flow(batch)
+    total, n = 0.0, 0
+    for i in range(4):
+        logp = out.logits[i].log_softmax(-1)
+        for t, label in enumerate(out.labels[i].tolist()):
+            if label != IGNORE:
+                total, n = total - logp[t, label].item(), n + 1
+    assert float(out.loss) == pytest.approx(total / n, rel=1e-5)
+    generation = model.generation_flow(batch, 0.5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(generation.labels != IGNORE, generation.mask)
+    assert generation.per_example_loss.mean().item() == pytest.approx(generation.loss.item(), rel=1e-5)  # equal counts here
+
+
+def test_training_forward_is_the_sum_of_the_flows(model, batch):
+    codes = model.image_tokenizer.encode(batch["images"])
+    mask = draw_mask(4, model.grid, 0.5, generator=torch.Generator().manual_seed(0))
+    packed = model.pack([[(DESCRIBE, t)] for t in batch["texts"]])
+    out = model(codes, packed, model.pack_captions(batch["texts"]), mask, understanding_weight=2.0, generation_weight=0.5)
+    u = model.understanding_flow(batch).loss
+    g = model.generation_flow(batch, 0.5, generator=torch.Generator().manual_seed(0)).loss
+    assert torch.allclose(out["loss"], 2 * u + 0.5 * g, rtol=1e-4)
+
+
+def test_cached_decoding_equals_full_recomputation(model, batch):
+    said = model.understand(batch["images"], decoding=Decoding(max_new_tokens=6))
+    codes, eos = model.image_tokenizer.encode(batch["images"]), model._special("<eos>")
+    for i, text in enumerate(said):
+        ids = [model._special(DESCRIBE)]
+        for _ in range(6):
+            packed = {
+                "ids": torch.tensor([ids]),
+                "segment": torch.zeros(1, len(ids), dtype=torch.long),
+                "position": torch.arange(len(ids))[None],
+            }
+            token = int(model.text_head(model._understanding(codes[i : i + 1], packed)[0][0, -1]).argmax())
+            if token == eos:
+                break
+            ids.append(token)
+        from umm_kit.models.masked import detokenize
+
+        assert text == detokenize(model.words, ids[1:])
+
+
+def test_prompts_of_different_lengths_do_not_disturb_each_other(model, batch):
+    questions = [
+        "is there a red circle?",
+        "how many things are there?",
+        "what colour is the square?",
+        "where is the red circle from the blue square?",
+    ]
+    together = model.understand(batch["images"], questions, Decoding(max_new_tokens=4))
+    alone = [model.understand(batch["images"][i : i + 1], [q], Decoding(max_new_tokens=4))[0] for i, q in enumerate(questions)]
+    assert together == alone
+
+
+def test_generation_is_seeded_and_inpainting_keeps_the_rest(model, batch):
+    texts = batch["texts"]
+    draw = lambda seed, **k: model.generate(texts, decoding=Decoding(steps=3), generator=torch.Generator().manual_seed(seed), **k)  # noqa: E731
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    mask = torch.zeros(4, 8, 8, dtype=torch.bool)
+    mask[:, :4, :4] = True
+    out = draw(0, images=batch["images"], mask=mask)
+    assert torch.equal(out[:, :, 16:], batch["images"][:, :, 16:]) and torch.equal(
+        out[:, :, :, 16:], batch["images"][:, :, :, 16:]
+    )
+    assert not torch.equal(out[:, :, :16, :16], batch["images"][:, :, :16, :16])
+
+
+def test_every_hidden_token_is_filled_once(model):
+    hidden = torch.zeros(1, 64, dtype=torch.bool)
+    hidden[0, :10] = True
+    codes = torch.full((1, 64), 5)
+    for steps in (1, 4, 30):
+        out = model.generate_codes(["a red circle"], codes, hidden, Decoding(steps=steps), torch.Generator().manual_seed(0))
+        assert (out[0, 10:] == 5).all() and (out < model.codebook_size).all()
+
+
+def test_guidance_one_is_the_conditional_model(model):
+    hidden, codes = torch.ones(1, 64, dtype=torch.bool), torch.zeros(1, 64, dtype=torch.long)
+    quiet = Decoding(steps=1, temperature=0.0, choice_temperature=0.0, guidance=1.0)
+    out = model.generate_codes(["a red circle"], codes, hidden, quiet)
+    logits = model.image_head(model._generation(codes, hidden, model.pack_captions(["a red circle"]))[0])
+    assert torch.equal(out, logits.argmax(-1))
+
+
+def test_image_log_prob_of_a_uniform_model(model, batch):
+    """With all logits equal each code has probability 1/V: the surrogate is N log(1/V) for any masks."""
+    weight = model.image_head.weight.detach().clone()
+    with torch.no_grad():
+        model.image_head.weight.zero_()
+        value = model.image_log_prob(batch["texts"], batch["images"], draws=3)
+        model.image_head.weight.copy_(weight)
+    assert torch.allclose(value, torch.full((4,), -64 * math.log(model.codebook_size)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
+def test_attention_kinds_agree_and_bf16_is_close(model, batch, attention):
+    reference = model.understanding_flow(batch).logits
+    for block in model.blocks:
+        block.attention.kind = attention
+    try:
+        assert torch.allclose(model.understanding_flow(batch).logits, reference, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model.understanding_flow(batch).logits.float()
+        assert (low - reference).abs().max() < 0.05 * reference.abs().max()
+    finally:
+        for block in model.blocks:
+            block.attention.kind = "auto"
+
+
+def test_save_and_load(model, batch, tmp_path):
+    import umm_kit as uk
+
+    model.save_pretrained(tmp_path)
+    again = uk.load(tmp_path)
+    assert not list(tmp_path.glob("*.bin")) and list(tmp_path.glob("*.safetensors"))
+    for (name, p), (_, q) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(p, q), name
+    assert torch.allclose(again.understanding_flow(batch).loss, model.understanding_flow(batch).loss, rtol=1e-5)
+    with pytest.raises(ValueError, match="no model 'nonesuch'"):
+        uk.load("nonesuch")
+
+
+def test_unknown_words_and_unicode_are_read(model, batch):
+    assert len(model.generate(["ein roter Kreis ∘ 漢字"], decoding=Decoding(steps=1))) == 1
+    assert len(model.understand(batch["images"][:1], ["zxcv qwer?"], Decoding(max_new_tokens=2))) == 1
+
+
+def test_bad_input(model, batch):
+    images, texts = batch["images"], batch["texts"]
+    for wrong, message in [
+        (images[0], "expected a tensor"),
+        ((images * 255).byte(), "divide bytes by 255"),
+        (images.repeat(1, 1, 2, 2), "resize"),
+        (images * float("nan"), "NaN"),
+        (images * 255, "range"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.understand(wrong)
+    with pytest.raises(ValueError, match="one each"):
+        model.understand(images, ["what?"])
+    with pytest.raises(ValueError, match="empty"):
+        model.understand(images, [""] * 4)
+    with pytest.raises(ValueError, match="needs both"):
+        model.generate(texts, images=images)
+    with pytest.raises(ValueError, match="do not fit"):
+        model.generate(texts, images=images, mask=torch.zeros(4, 4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="max_text"):
+        model.generate(["circle " * 200])
+    with pytest.raises(ValueError, match="unique"):
+        model.understanding_flow({**batch, "ids": ["a"] * 4})
+    with pytest.raises(ValueError, match="layers"):
+        model.understanding_flow(batch, layers=[4])
+    assert model.generate([]).shape[0] == 0 and model.understand(images[:0]) == []
+
+
+def test_mask_draws():
+    g = torch.Generator().manual_seed(0)
+    mask = draw_mask(500, (8, 8), (0.2, 0.6), generator=g)
+    share = mask.float().mean(1)
+    assert share.min() >= 0.2 - 1 / 64 and share.max() <= 0.6 + 1 / 64 and abs(float(share.mean()) - 0.4) < 0.02
+    assert (draw_mask(3, (8, 8), 0.25).sum(1) == 16).all() and draw_mask(3, (8, 8), 1.0).all()
+    block = draw_mask(200, (8, 8), 0.25, "contiguous", g).unflatten(1, (8, 8))
+    for m in block:
+        rows, columns = m.any(1).nonzero()[:, 0], m.any(0).nonzero()[:, 0]
+        assert int(m.sum()) == len(rows) * len(columns) and rows[-1] - rows[0] == len(rows) - 1  # one full rectangle
+        assert 12 <= int(m.sum()) <= 20
+    for wrong in (0, 1.2, (0.5, 0.2)):
+        with pytest.raises(ValueError, match="mask ratio"):
+            draw_mask(1, (8, 8), wrong)
+    with pytest.raises(ValueError, match="layout"):
+        draw_mask(1, (8, 8), 0.5, "striped")

@@ -1,0 +1,268 @@
+"""The command ``umm-kit``: train, evaluate, check, info, reproduce, notebooks, figures.
+
+Every subcommand takes ``--config FILE.yaml`` whose keys are its options; what stands on the command line wins. A user's
+mistake is one line and exit status 2; ``--traceback`` shows where it came from. Heavy imports wait for the subcommand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from umm_kit import __version__
+
+#: what `umm-kit train` can train -> (module, config dataclass); each module has a function ``train(config)``
+TRAINERS = {
+    "tokenizer": ("umm_kit.trainers.tokenizer", "TokenizerConfig"),
+    "masked": ("umm_kit.trainers.pretrain", "PretrainConfig"),
+}
+HEADLINES = ("caption_f1", "qa_existence", "qa_relation", "generation_overall", "inpainting_objects")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 (a claim or a check failed), 2 (a user's mistake) or 130 (interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = build_parser()
+    name = argv[0] if argv and argv[0] in commands else ""
+    try:
+        if name == "train" and len(argv) > 1 and argv[1] in TRAINERS:  # its options are known only after a heavy import
+            return train(argv[1], argv[2:])
+        path = _common().parse_known_args(argv)[0].config
+        if name and path:
+            argv[1:1] = config_options(commands[name], path)
+        args = parser.parse_args(argv, argparse.Namespace(argv=argv))
+        return args.run(args)
+    except (ValueError, FileNotFoundError, NotADirectoryError, NotImplementedError) as error:
+        if "--traceback" in argv:
+            raise
+        print(f"umm-kit {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"umm-kit {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _common() -> argparse.ArgumentParser:
+    """The options that every command has."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; those on the command line win")
+    parser.add_argument("--traceback", action="store_true", help="show the full traceback of an error")
+    return parser
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of all commands, and each command's own."""
+    parser = argparse.ArgumentParser(prog="umm-kit", description=str(sys.modules["umm_kit"].__doc__).splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"umm-kit {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands: dict[str, argparse.ArgumentParser] = {}
+
+    def command(name: str, run: Callable[..., int], summary: str, **options: Any) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, parents=[_common()], help=summary, description=summary, allow_abbrev=False, **options)
+        sub.set_defaults(run=run)
+        commands[name] = sub
+        return sub
+
+    sub = subparsers.add_parser("train", help="train a model", description="train a model or a tokenizer")
+    sub.add_argument("what", choices=sorted(TRAINERS), help="options of one: umm-kit train masked --help")
+    commands["train"] = sub
+
+    sub = command("evaluate", evaluate, "score understanding, generation and inpainting by the oracle")
+    sub.add_argument("model", metavar="MODEL", help="a shipped model (see umm-kit info) or a folder")
+    sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
+    sub.add_argument("--split", default="test", help="of shapes or digits (default: %(default)s)")
+    sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
+    sub.add_argument("--prompts", type=int, default=64, help="drawn per category (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=1, help="of data and decoding (default: %(default)s)")
+    sub.add_argument("--output", type=Path, metavar="FILE.json", help="also write them, item by item, with the record of the run")
+
+    sub = command("check", check, "say what a model meets of the contract, and what is missing")
+    sub.add_argument("model", metavar="MODEL", help="a shipped model or a folder")
+
+    command("info", info, "versions, device, memory, disk, and the shipped models with their scores")
+
+    sub = command("reproduce", reproduce, "run every notebook and compare what comes out with what is claimed")
+    sub.add_argument("--preset", choices=("tiny", "full"), default="full", help="tiny is for tests (default: %(default)s)")
+    sub.add_argument("--notebooks", default="notebooks", metavar="FOLDER", help="(default: %(default)s)")
+    sub.add_argument("--output", default="build", metavar="FOLDER", help="executed notebooks and figures (default: %(default)s)")
+
+    sub = command("notebooks", notebooks, "refresh the committed notebooks from their sources, with outputs")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="such as 00_start_here (default: all)")
+    sub.add_argument("--notebooks", default="notebooks", metavar="FOLDER", help="(default: %(default)s)")
+
+    sub = command("figures", figures, "save the pictures of the committed notebooks as files")
+    sub.add_argument("--notebooks", default="notebooks", metavar="FOLDER", help="(default: %(default)s)")
+    sub.add_argument("--output", default="figures", metavar="FOLDER", help="(default: %(default)s)")
+    return parser, commands
+
+
+def config_options(parser: argparse.ArgumentParser, path: str | Path) -> list[str]:
+    """The options in a YAML file, as they would stand on the command line of ``parser``.
+
+    Raises:
+        ValueError: if the file is not a mapping or has a key that is no option of this command.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of options to values")
+    known = {o.lstrip("-").replace("-", "_"): (o, action) for action in parser._actions for o in action.option_strings}
+    positional = {action.dest: action for action in parser._actions if not action.option_strings}
+    out: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in positional:  # no longer needed on the command line, where it still wins
+            action = positional[name]
+            action.default, action.required, action.nargs = value, False, action.nargs or "?"
+            continue
+        if name not in known or name in ("config", "help", "h"):
+            hint = difflib.get_close_matches(name, [*known, *positional], n=1)
+            raise ValueError(f"{path}: {key!r} is no option of {parser.prog}" + (f"; did you mean {hint[0]!r}?" if hint else ""))
+        option, action = known[name]
+        if value is None:
+            continue
+        if action.nargs == 0:  # a switch
+            if not isinstance(value, bool):
+                raise ValueError(f"{path}: {key} is {value!r}; expected true or false")
+            out += [option] if value else []
+        elif isinstance(value, list):
+            out += [option, *map(str, value)]
+        else:
+            out.append(f"{option}={json.dumps(value) if isinstance(value, dict) else value}")
+    return out
+
+
+# --- subcommands -------------------------------------------------------------------------------------------------------
+
+
+def train(what: str, options: Sequence[str]) -> int:
+    """Parse the trainer's config dataclass from the file and the flags, then train."""
+    from transformers import HfArgumentParser
+
+    module, config_class = TRAINERS[what]
+    trainer = import_module(module)
+    dataclass = getattr(trainer, config_class)
+    parser = HfArgumentParser(dataclass, prog=f"umm-kit train {what}", parents=[_common()], allow_abbrev=False)
+    path = _common().parse_known_args(options)[0].config
+    options = [*(config_options(parser, path) if path else []), *options]
+    config, _ = parser.parse_args_into_dataclasses(args=options, look_for_args_file=False)
+    trainer.train(config)
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Score a model on a data set and print each metric with its interval, chance level and n."""
+    import umm_kit as uk
+
+    if args.n is not None and args.n < 1:
+        raise ValueError(f"--n is {args.n}; expected at least 1")
+    model = uk.load(args.model)
+    result = uk.evaluate(model, _data(args, model.image_size), seed=args.seed, n_prompts=args.prompts)
+    result.record |= {"model": args.model, "command": shlex.join(["umm-kit", *args.argv])}
+    print(f"{result!r}\n{result.record['seconds']:.0f} seconds on {result.record['device']}")
+    if args.output:
+        result.save(args.output)
+        print(f"written to {args.output}")
+    return 0
+
+
+def _data(args: argparse.Namespace, image_size: int) -> Any:
+    import umm_kit as uk
+
+    if args.data == "shapes":
+        return uk.Shapes(args.split, n=args.n or 512, seed=args.seed, image_size=image_size)
+    if args.data == "digits":
+        return uk.Digits(args.split, n=args.n, seed=args.seed, image_size=image_size)
+    if not Path(args.data).is_dir():
+        raise FileNotFoundError(f"--data {args.data} is neither shapes, digits nor a folder; expected one of them")
+    if args.n is not None:
+        raise ValueError("--n does not apply to a folder, which is read as a whole; leave it out")
+    return uk.ImageText(args.data, image_size=image_size)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Print the contract's report; 1 if the model is not even diagnosable."""
+    import umm_kit as uk
+
+    data = uk.Shapes("test", n=2, seed=0)
+    report = uk.check_model(uk.load(args.model), uk.collate([data[i] for i in range(len(data))]))
+    print(report)
+    return 0 if "diagnosable" in report.tier else 1
+
+
+def info(args: argparse.Namespace) -> int:
+    """Print what is installed, where it would run, and what is shipped."""
+    import platform
+    import shutil
+
+    import psutil
+
+    from umm_kit.models.base import resolve_device
+
+    versions = _versions()
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    print(f"{platform.platform()}, {psutil.cpu_count(logical=False) or psutil.cpu_count()} cores, device {resolve_device()}")
+    memory = psutil.virtual_memory()
+    disk = shutil.disk_usage(Path.cwd())
+    print(f"memory {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free, disk {disk.free / 1e9:.1f} GB free\n")
+    folder = Path(__file__).parent / "checkpoints"
+    shipped = sorted(path.parent for path in folder.glob("*/config.json"))
+    print(f"shipped models ({len(shipped)}):" + ("" if shipped else " none in this installation"))
+    for path in shipped:
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        print(f"  {path.name} ({size / 1e6:.1f} MB): {_headline(path / 'scores.json')}")
+    return 0
+
+
+def _headline(path: Path) -> str:
+    """The headline scores that ``umm-kit evaluate --output`` wrote beside a shipped model."""
+    if not path.exists():
+        return "no scores recorded"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    metrics = {row["metric"]: f"{row['value']:.3f} (n={row['n']})" for row in content["metrics"]}
+    chosen = [name for name in HEADLINES if name in metrics] or list(metrics)[:4]
+    return ", ".join(f"{name} {metrics[name]}" for name in chosen) + f" on {content['record']['data']}"
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    return {"umm_kit": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn")
+    }
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    from umm_kit.reproduce import reproduce as run
+
+    return 0 if run(args.notebooks, args.output, args.preset) else 1
+
+
+def notebooks(args: argparse.Namespace) -> int:
+    from umm_kit.reproduce import refresh
+
+    return 0 if refresh(args.notebooks, args.names) else 1
+
+
+def figures(args: argparse.Namespace) -> int:
+    from umm_kit.reproduce import save_figures, sources
+
+    saved = save_figures([Path(args.notebooks, path.stem + ".ipynb") for path in sources(args.notebooks)], args.output)
+    print("\n".join(map(str, saved)) or "the notebooks hold no pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,514 @@
+"""The first family, in the way of Show-o: one transformer, next-token loss on text, masked-token loss on image codes.
+
+Sequences, with N image tokens in raster order:
+
+    understanding   <bos> <understand> | image codes | text segment | text segment | ...
+    generation      <bos> <generate> caption <eos> | image codes, some of them <mask>
+
+Omni-attention: text is causal, image tokens see the text before them and all of one another. In the understanding
+sequence the instruction stands before the image, so image states are conditioned on the task, and no text segment
+stands before it, so they never see the caption. Segments after one image (a caption, questions) do not see each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from umm_kit.models.base import MASK_RATIO, Decoding, FlowOutput, as_layers, check_batch, check_images, draw_mask, token_losses
+from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig
+
+DESCRIBE = "describe"  # opens the segment in which a caption is asked for
+IGNORE = -100
+
+
+class MaskedUMMConfig(PretrainedConfig):
+    """Sizes of a :class:`MaskedUMM`; ``image_tokenizer`` is the configuration of its (frozen) image tokenizer."""
+
+    model_type = "umm_masked"
+
+    def __init__(
+        self,
+        hidden_size: int = 128,
+        num_layers: int = 10,
+        num_heads: int = 4,
+        mlp_ratio: int = 4,
+        text_vocab_size: int = 128,
+        max_text: int = 96,
+        attention: str = "auto",
+        image_tokenizer: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+        if attention not in ("auto", "sdpa", "matmul"):
+            raise ValueError(f"attention is {attention!r}; expected 'auto', 'sdpa' or 'matmul'")
+        self.hidden_size, self.num_layers, self.num_heads, self.mlp_ratio = hidden_size, num_layers, num_heads, mlp_ratio
+        self.text_vocab_size, self.max_text, self.attention = text_vocab_size, max_text, attention
+        self.image_tokenizer = image_tokenizer or ImageTokenizerConfig().to_dict()
+        super().__init__(**kwargs)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised queries and keys, under an additive mask."""
+
+    def __init__(self, config: MaskedUMMConfig):
+        super().__init__()
+        d, self.heads = config.hidden_size, config.num_heads
+        self.kind = config.attention
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor, cache: list[Tensor] | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            if cache:
+                k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+            cache[:] = [k, v]
+        # On CPUs the backward of scaled_dot_product_attention costs more than the plain product it replaces.
+        if self.kind == "sdpa" or (self.kind == "auto" and x.device.type != "cpu"):
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).add_(mask)
+            out = scores.softmax(-1).to(v.dtype) @ v
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: MaskedUMMConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.attention = Attention(config)
+        self.mlp = nn.Sequential(nn.Linear(d, config.mlp_ratio * d), nn.ReLU(), nn.Linear(config.mlp_ratio * d, d))
+
+    def forward(self, x: Tensor, mask: Tensor, cache: list[Tensor] | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+class MaskedUMM(PreTrainedModel):
+    """A small unified model that captions, answers, draws and inpaints.
+
+    Example:
+        >>> model = MaskedUMM.tiny(["a red circle", "a blue square"])
+        >>> model.generate(["a red circle"], decoding=Decoding(steps=2)).shape
+        torch.Size([1, 3, 32, 32])
+    """
+
+    config_class = MaskedUMMConfig
+    main_input_name = "images"
+    _no_split_modules = ["Block"]
+
+    def __init__(self, config: MaskedUMMConfig, text_tokenizer: PreTrainedTokenizerFast | None = None):
+        super().__init__(config)
+        d = config.hidden_size
+        self.image_tokenizer = ImageTokenizer(ImageTokenizerConfig(**config.image_tokenizer)).requires_grad_(False)
+        self.text_tokenizer = text_tokenizer
+        self.grid = self.image_tokenizer.grid
+        self.num_image_tokens = self.grid[0] * self.grid[1]
+        self.codebook_size = self.image_tokenizer.codebook_size
+        self.num_layers, self.hidden_size, self.image_size = config.num_layers, d, self.image_tokenizer.config.image_size
+        self.embedding = nn.Embedding(config.text_vocab_size, d)
+        self.image_embedding = nn.Embedding(self.codebook_size + 1, d)  # the last row is <mask>
+        self.text_position = nn.Embedding(config.max_text, d)
+        self.row, self.column = nn.Embedding(self.grid[0], d), nn.Embedding(self.grid[1], d)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(d)
+        self.text_head = nn.Linear(d, config.text_vocab_size, bias=False)
+        self.image_head = nn.Linear(d, self.codebook_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        d = self.config.hidden_size
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=d**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=d**-0.5)
+        # Residual branches start small, so that the sum over blocks keeps its scale.
+        if isinstance(module, Block):
+            for last in (module.attention.out, module.mlp[-1]):
+                nn.init.normal_(last.weight, std=d**-0.5 / math.sqrt(2 * self.config.num_layers))
+
+    # --- words ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def words(self) -> PreTrainedTokenizerFast:
+        if self.text_tokenizer is None:
+            raise ValueError("this model has no text tokenizer; load it with uk.load(folder), or pass text_tokenizer=")
+        return self.text_tokenizer
+
+    def _special(self, token: str) -> int:
+        return self.words.convert_tokens_to_ids(token)
+
+    def pack(self, segments: Sequence[Sequence[tuple[str, str | None]]]) -> dict[str, Tensor]:
+        """Tokenize text segments that follow one image: per image a list of (prompt, target or None).
+
+        Returns tensors [B, T] ``ids``, ``segment`` (-1 = padding), ``position`` (within its segment) and ``labels`` (the
+        *next* token where it belongs to a target or its <eos>, else -100).
+        """
+        flat = [text for row in segments for pair in row for text in pair if text is not None]
+        encoded = iter(self.words(flat, add_special_tokens=False)["input_ids"] if flat else [])
+        eos, rows = self._special("<eos>"), []
+        for row in segments:
+            ids, segment, position, labels = [], [], [], []
+            for number, (_, target) in enumerate(row):
+                asked = next(encoded)
+                said = [] if target is None else [*next(encoded), eos]
+                tokens = [*asked, *said]
+                if len(tokens) > self.config.max_text:
+                    raise ValueError(f"a text of {len(tokens)} tokens exceeds max_text = {self.config.max_text}: {row[number]!r}")
+                ids += tokens
+                segment += [number] * len(tokens)
+                position += range(len(tokens))
+                labels += ([IGNORE] * (len(asked) - 1) + said + [IGNORE])[: len(tokens)]
+            rows.append((ids, segment, position, labels))
+        width = max(len(r[0]) for r in rows)
+        fills = (self._special("<pad>"), -1, 0, IGNORE)
+        columns = [torch.tensor([r[k] + [fill] * (width - len(r[k])) for r in rows]) for k, fill in enumerate(fills)]
+        return dict(zip(("ids", "segment", "position", "labels"), columns, strict=True))
+
+    def pack_captions(self, texts: Sequence[str]) -> Tensor:
+        """Tokenize texts for generation: [B, T] = <bos> <generate> words <eos>, padded; "" is the unconditional prompt."""
+        ends = [self._special(t) for t in ("<bos>", "<generate>", "<eos>", "<pad>")]
+        rows = [[ends[0], ends[1], *ids, ends[2]] for ids in self.words(list(texts), add_special_tokens=False)["input_ids"]]
+        width = max(map(len, rows))
+        if width > self.config.max_text:
+            raise ValueError(f"a text of {width} tokens exceeds max_text = {self.config.max_text}")
+        return torch.tensor([r + [ends[3]] * (width - len(r)) for r in rows])
+
+    # --- one transformer -----------------------------------------------------------------------------------------------
+
+    def _embed_text(self, ids: Tensor, position: Tensor) -> Tensor:
+        return self.embedding(ids) + self.text_position(position)
+
+    def _embed_image(self, codes: Tensor) -> Tensor:
+        place = (self.row.weight[:, None] + self.column.weight[None]).flatten(0, 1)
+        return self.image_embedding(codes) + place
+
+    def _blocks(
+        self, x: Tensor, allowed: Tensor, span: slice, layers: Sequence[int] = (), caches: list[list[Tensor]] | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run all blocks under a boolean mask [B, S, S'] and keep the states of ``layers`` at positions ``span``."""
+        mask = torch.zeros(allowed.shape, device=x.device, dtype=torch.float32).masked_fill_(~allowed, float("-inf"))[:, None]
+        if torch.is_autocast_enabled(x.device.type):
+            # The residual stream stays in the reduced precision too: on a CPU the traffic of a wider one is half the step.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        mask = mask.to(x.dtype)
+        states = {0: x[:, span]} if 0 in layers else {}
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x, mask, caches[number - 1] if caches is not None else None)
+            if number in layers:
+                states[number] = x[:, span]
+        return self.norm(x), states
+
+    def _instruction(self, batch: int, device: torch.device) -> Tensor:
+        ids = torch.tensor([[self._special("<bos>"), self._special("<understand>")]], device=device).expand(batch, -1)
+        return self._embed_text(ids, torch.arange(2, device=device))
+
+    def _understanding(
+        self, codes: Tensor, packed: Mapping[str, Tensor], layers: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Final states at the text positions [B, T, d], and image states per layer."""
+        b, n = codes.shape
+        device = codes.device
+        text = self._embed_text(packed["ids"], packed["position"])
+        x = torch.cat([self._instruction(b, device), self._embed_image(codes), text], 1)
+        start, total = 2 + n, x.shape[1]
+        causal = torch.ones(total, total, dtype=torch.bool, device=device).tril()
+        causal[2:start, 2:start] = True
+        segment = packed["segment"]
+        same = (segment[:, :, None] == segment[:, None, :]) & (segment >= 0)[:, None, :]
+        allowed = causal.expand(b, -1, -1).clone()
+        allowed[:, start:, start:] &= same
+        hidden, states = self._blocks(x, allowed, slice(2, start), layers)
+        return hidden[:, start:], states
+
+    def _generation(
+        self, codes: Tensor, mask: Tensor, ids: Tensor, layers: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Final states at the image positions [B, N, d], and image states per layer. ``mask`` [B, N] hides codes."""
+        b, t = ids.shape
+        shown = torch.where(mask, self.codebook_size, codes)
+        x = torch.cat([self._embed_text(ids, torch.arange(t, device=ids.device)), self._embed_image(shown)], 1)
+        total = x.shape[1]
+        causal = torch.ones(total, total, dtype=torch.bool, device=ids.device).tril()
+        causal[t:, t:] = True
+        allowed = causal.expand(b, -1, -1).clone()
+        allowed[:, :, :t] &= (ids != self._special("<pad>"))[:, None, :]
+        hidden, states = self._blocks(x, allowed, slice(t, total), layers)
+        return hidden[:, t:], states
+
+    # --- training ------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        codes: Tensor,
+        understanding: Mapping[str, Tensor],
+        captions: Tensor,
+        mask: Tensor,
+        tokens: Tensor | None = None,
+        understanding_weight: float = 1.0,
+        generation_weight: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Training losses of both flows on the same images, and their weighted sum.
+
+        Args:
+            codes: [B, N]. understanding: packed segments, see :meth:`pack`. captions: [B, T], see :meth:`pack_captions`.
+            mask: [B, N] bool, True = hidden.
+            tokens: [2] numbers of supervised text and image tokens to divide by; by default those of this batch.
+        """
+        out: dict[str, Tensor] = {}
+        asked = understanding["labels"] != IGNORE
+        tokens = torch.stack([asked.sum(), mask.sum()]) if tokens is None else tokens
+        if understanding_weight:
+            logits = self.text_head(self._understanding(codes, understanding)[0][asked]).float()
+            out["understanding_loss"] = (
+                nn.functional.cross_entropy(logits, understanding["labels"][asked], reduction="sum") / tokens[0]
+            )
+        if generation_weight:
+            logits = self.image_head(self._generation(codes, mask, captions)[0][mask]).float()
+            out["generation_loss"] = nn.functional.cross_entropy(logits, codes[mask], reduction="sum") / tokens[1]
+        weights = {"understanding_loss": understanding_weight, "generation_loss": generation_weight}
+        out["loss"] = torch.stack([weights[k] * v for k, v in out.items()]).sum()
+        return out
+
+    # --- the two flows -------------------------------------------------------------------------------------------------
+
+    def _codes(self, batch: Mapping[str, Any]) -> Tensor:
+        codes = batch.get("codes")
+        return (self.image_tokenizer.encode(batch["images"].to(self.device)) if codes is None else codes).to(self.device)
+
+    def understanding_flow(self, batch: Mapping[str, Any], layers: Sequence[int] | None = None) -> FlowOutput:
+        """Image and instruction in, caption as target: next-token loss on the caption (DIVA Sec. 3.1)."""
+        check_batch(batch)
+        packed = {k: v.to(self.device) for k, v in self.pack([[(DESCRIBE, text)] for text in batch["texts"]]).items()}
+        hidden, states = self._understanding(self._codes(batch), packed, as_layers(layers, self.num_layers))
+        logits = self.text_head(hidden)
+        loss, per_example = token_losses(logits, packed["labels"])
+        return FlowOutput(loss, per_example, states, self.grid, logits=logits, labels=packed["labels"])
+
+    def generation_flow(
+        self,
+        batch: Mapping[str, Any],
+        mask_ratio: float | tuple[float, float] = MASK_RATIO,
+        mask_layout: str = "dispersed",
+        generator: torch.Generator | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> FlowOutput:
+        """Caption and partly hidden image in, hidden codes as target: masked-token loss (DIVA Sec. 3.1)."""
+        check_batch(batch)
+        codes = self._codes(batch)
+        mask = draw_mask(len(codes), self.grid, mask_ratio, mask_layout, generator).to(self.device)
+        hidden, states = self._generation(
+            codes, mask, self.pack_captions(batch["texts"]).to(self.device), as_layers(layers, self.num_layers)
+        )
+        logits = self.image_head(hidden)
+        labels = torch.where(mask, codes, IGNORE)
+        loss, per_example = token_losses(logits, labels)
+        return FlowOutput(loss, per_example, states, self.grid, mask=mask, logits=logits, labels=labels)
+
+    def layer_parameters(self) -> OrderedDict[str, list[nn.Parameter]]:
+        """Parameters of each block in order: "block 1" ... "block L"."""
+        return OrderedDict((f"block {i}", list(block.parameters())) for i, block in enumerate(self.blocks, start=1))
+
+    # --- understand ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def understand(
+        self,
+        images: Tensor,
+        prompts: Sequence[str] | None = None,
+        decoding: Decoding = Decoding(),
+        generator: torch.Generator | None = None,
+    ) -> list[str]:
+        """Caption each image, or answer one question about each."""
+        check_images(images, (self.image_size, self.image_size))
+        if prompts is not None and len(prompts) != len(images):
+            raise ValueError(f"{len(prompts)} prompts came with {len(images)} images; expected one each")
+        if not len(images):
+            return []
+        codes = self.image_tokenizer.encode(images.to(self.device))
+        packed = self.pack([[(p, None)] for p in (prompts or [DESCRIBE] * len(images))])
+        asked = (packed["segment"] >= 0).sum(1)
+        if int(asked.min()) == 0:
+            raise ValueError("a prompt is empty; expected a question, or prompts=None for captions")
+        return self._decode_text(codes, packed["ids"].to(self.device), asked.to(self.device), decoding, generator)
+
+    def _decode_text(
+        self, codes: Tensor, prompt: Tensor, asked: Tensor, decoding: Decoding, generator: torch.Generator | None
+    ) -> list[str]:
+        b, n = codes.shape
+        device, eos = codes.device, self._special("<eos>")
+        caches: list[list[Tensor]] = [[] for _ in self.blocks]
+        prefix = torch.cat([self._instruction(b, device), self._embed_image(codes)], 1)
+        allowed = torch.ones(2 + n, 2 + n, dtype=torch.bool, device=device).tril()
+        allowed[2:, 2:] = True
+        self._blocks(prefix, allowed.expand(b, -1, -1), slice(0, 0), caches=caches)
+        said: list[list[int]] = [[] for _ in range(b)]
+        ended = torch.zeros(b, dtype=torch.bool, device=device)
+        token = prompt[:, 0]
+        for position in range(self.config.max_text):
+            x = self._embed_text(token[:, None], torch.tensor([position], device=device))
+            everything = torch.ones(b, 1, 2 + n + position + 1, dtype=torch.bool, device=device)
+            hidden, _ = self._blocks(x, everything, slice(0, 0), caches=caches)
+            logits = self.text_head(hidden[:, 0]).float()
+            if decoding.text_temperature:
+                p = (logits / decoding.text_temperature).softmax(-1).cpu()
+                chosen = torch.multinomial(p, 1, generator=generator)[:, 0].to(device)
+            else:
+                chosen = logits.argmax(-1)
+            in_prompt = position + 1 < asked
+            speaking = ~in_prompt & ~ended
+            ended |= speaking & (chosen == eos)
+            for row in torch.nonzero(speaking & ~ended)[:, 0].tolist():
+                said[row].append(int(chosen[row]))
+                ended[row] = len(said[row]) >= decoding.max_new_tokens
+            if bool(ended.all()):
+                break
+            following = prompt[:, min(position + 1, prompt.shape[1] - 1)]
+            token = torch.where(in_prompt, following, chosen)
+        return [detokenize(self.words, ids) for ids in said]
+
+    # --- generate ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        texts: Sequence[str],
+        images: Tensor | None = None,
+        mask: Tensor | None = None,
+        decoding: Decoding = Decoding(),
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw each text [B, 3, H, W]; with ``images`` and ``mask`` [B, rows, columns] (True = redraw), inpaint.
+
+        MaskGIT decoding (Chang et al. 2022): all hidden tokens are predicted at once, the surest are kept, the rest is
+        predicted again, along a cosine schedule of ``decoding.steps`` rounds. Inpainting returns the given pixels
+        wherever nothing was hidden.
+        """
+        if (images is None) != (mask is None):
+            raise ValueError("inpainting needs both images= and mask=; drawing from text needs neither")
+        if not len(texts):
+            return torch.zeros(0, 3, self.image_size, self.image_size)
+        n = self.num_image_tokens
+        if images is None or mask is None:
+            codes, hidden = (
+                torch.zeros(len(texts), n, dtype=torch.long, device=self.device),
+                torch.ones(len(texts), n, dtype=torch.bool, device=self.device),
+            )
+        else:
+            check_images(images, (self.image_size, self.image_size))
+            if tuple(mask.shape) != (len(texts), *self.grid) or len(images) != len(texts) or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"{len(texts)} texts, images {tuple(images.shape)} and mask {tuple(mask.shape)} ({mask.dtype}) do not fit; "
+                    f"expected as many images, and a bool mask [{len(texts)}, {self.grid[0]}, {self.grid[1]}]"
+                )
+            codes, hidden = self.image_tokenizer.encode(images.to(self.device)), mask.flatten(1).to(self.device)
+        codes = self.generate_codes(texts, codes, hidden, decoding, generator)
+        drawn = self.image_tokenizer.decode(codes).float()
+        if images is None or mask is None:
+            return drawn
+        p = self.image_size // self.grid[0]
+        pixels = mask.to(self.device).repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
+        return torch.where(pixels, drawn, images.to(drawn))
+
+    @torch.no_grad()
+    def generate_codes(
+        self,
+        texts: Sequence[str],
+        codes: Tensor,
+        hidden: Tensor,
+        decoding: Decoding = Decoding(),
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Fill the hidden positions of ``codes`` [B, N]. Noise is drawn on the CPU: one seed, one result on any device."""
+        ids = self.pack_captions(texts).to(codes.device)
+        empty = self.pack_captions([""] * len(texts)).to(codes.device)
+        total, codes, hidden = hidden.sum(1), codes.clone(), hidden.clone()
+        for step in range(1, decoding.steps + 1):
+            logits = self.image_head(self._generation(codes, hidden, ids)[0]).float()
+            if decoding.guidance != 1:
+                free = self.image_head(self._generation(codes, hidden, empty)[0]).float()
+                logits = free + decoding.guidance * (logits - free)
+            p = (logits / max(decoding.temperature, 1e-6)).softmax(-1)
+            if decoding.temperature:
+                u = torch.rand(p.shape, generator=generator).to(p.device).clamp_(1e-9, 1 - 1e-7)
+                chosen = (p.clamp(min=1e-20).log() - (-u.log()).log()).argmax(-1)
+            else:
+                chosen = p.argmax(-1)
+            u = torch.rand(hidden.shape, generator=generator).to(p.device).clamp_(1e-9, 1 - 1e-7)
+            sure = p.gather(-1, chosen[..., None])[..., 0].clamp(min=1e-20).log()
+            sure = sure + decoding.choice_temperature * (1 - step / decoding.steps) * -(-u.log()).log()
+            codes = torch.where(hidden, chosen, codes)
+            left = (total * math.cos(math.pi / 2 * step / decoding.steps)).floor().long()
+            rank = sure.masked_fill(~hidden, float("inf")).argsort(1).argsort(1)
+            hidden = hidden & (rank < left[:, None])
+        return codes
+
+    def image_log_prob(
+        self, texts: Sequence[str], images: Tensor, draws: int = 8, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Surrogate log-likelihood [B] of the images' codes given the texts, in nats, with gradient.
+
+        A masked model has no tractable likelihood; this is the order-agnostic bound E_r[N / |masked| * sum log p(code | visible)] with mask
+        ratios at the midpoints of ``draws`` equal strata of (0, 1] (lower = less likely).
+        """
+        codes = self.image_tokenizer.encode(images.to(self.device))
+        ids = self.pack_captions(texts).to(self.device)
+        terms = []
+        for k in range(draws):
+            mask = draw_mask(len(codes), self.grid, (k + 0.5) / draws, "dispersed", generator).to(self.device)
+            log_p = (
+                self.image_head(self._generation(codes, mask, ids)[0])
+                .float()
+                .log_softmax(-1)
+                .gather(-1, codes[..., None])[..., 0]
+            )
+            terms.append((log_p * mask).sum(1) / mask.sum(1) * self.num_image_tokens)
+        return torch.stack(terms).mean(0)
+
+    # --- files ---------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Weights (safetensors), configuration and the text tokenizer in one folder."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.text_tokenizer is not None and kwargs.get("is_main_process", True):
+            self.text_tokenizer.save_pretrained(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> MaskedUMM:
+        model = super().from_pretrained(folder, *args, **kwargs)
+        if model.text_tokenizer is None and (Path(folder) / "tokenizer.json").exists():
+            model.text_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        return model
+
+    @classmethod
+    def tiny(cls, corpus: Sequence[str], **sizes: Any) -> MaskedUMM:
+        """An untrained model of a few thousand parameters, for tests and examples."""
+        from umm_kit.models.tokenizers import train_text_tokenizer
+
+        words = train_text_tokenizer([*corpus, DESCRIBE])
+        small = dict(hidden_size=32, num_layers=3, num_heads=2, mlp_ratio=2)
+        tokenizer = ImageTokenizerConfig(channels=16, depth=1, levels=(4, 4, 4)).to_dict()
+        config = MaskedUMMConfig(**{**small, "image_tokenizer": tokenizer, **sizes}, text_vocab_size=len(words))
+        return cls(config, words).eval()
+
+
+def detokenize(words: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """Words joined by spaces, punctuation attached to the word before it."""
+    text = " ".join(words.convert_ids_to_tokens(list(ids)))
+    for mark in ",.?!:;":
+        text = text.replace(f" {mark}", mark)
+    return text

@@ -1,0 +1,271 @@
+"""What all trainers share, on top of transformers.Trainer: stateless batches, Muon, EMA and run records.
+
+Every random choice about an example is a function of (seed, its number in the stream), never of the state of a process:
+a resumed run, and a run on more processes, therefore see exactly the batches of the uninterrupted run on one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+import umm_kit
+from umm_kit.data.shapes import hash_uniform, stream_key
+from umm_kit.models.base import resolve_device
+
+EMA_FILE = "ema.safetensors"
+
+
+@dataclass
+class UMMArguments(TrainingArguments):
+    """transformers.TrainingArguments with defaults that send nothing anywhere, plus Muon and EMA."""
+
+    report_to: None | str | list[str] = "none"  # noqa: RUF036 (the argument parser wants None first)
+    remove_unused_columns: bool = False
+    logging_steps: float = 20
+    save_total_limit: int | None = 2
+    muon: bool = field(
+        default=True, metadata={"help": "Muon on the matrices of the blocks, AdamW on everything else; False: AdamW alone."}
+    )
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Decay of the averaged weights, which become the model at the end; 0 is off."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir, if there is one."})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; expected a number in [0, 1)")
+        # transformers asks for this flag before it allows bf16 without an accelerator.
+        self.use_cpu = self.use_cpu or resolve_device().type == "cpu"
+        super().__post_init__()
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) on hidden matrices and AdamW on the rest, behind one optimizer's face.
+
+    ``adjust_lr_fn="match_rms_adamw"`` scales Muon's updates to AdamW's root mean square, so that one learning rate and
+    one schedule serve both.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        others: Sequence[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+    ):
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas)]
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        super().__init__([{"params": [*others, *matrices]}], {"lr": lr})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+class EMACallback(TrainerCallback):
+    """Averaged weights, kept inside each checkpoint and put into the model when training ends."""
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+
+    @staticmethod
+    def _weights(model: nn.Module) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def on_train_begin(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE
+        if state.global_step and saved.exists():
+            self.average = {k: v.to(model.device) for k, v in load_file(saved).items()}
+        else:
+            self.average = {k: v.clone().float() for k, v in self._weights(model).items()}
+
+    def on_step_end(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
+        # A young average would remember the random start: it follows faster at first (Karras et al. 2024 in spirit).
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        weights = self._weights(model)
+        torch._foreach_lerp_(list(self.average.values()), [weights[k].float() for k in self.average], 1 - decay)
+
+    def on_save(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+        if state.is_world_process_zero:
+            save_file(self.average, Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE)
+
+    def on_train_end(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
+        with torch.no_grad():
+            for name, p in self._weights(model).items():
+                p.copy_(self.average[name])
+
+
+class Stream(torch.utils.data.Dataset):
+    """An endless walk over a data set as ``length`` numbered examples: epoch after epoch, each in its own order.
+
+    Example k is (index into the data set, uniform draws that belong to k alone).
+    """
+
+    def __init__(self, data: Any, length: int, seed: int, draws: int = 8):
+        if not len(data):
+            raise ValueError("the data set is empty; expected at least one example")
+        self.data, self.length, self.seed, self.draws = data, length, seed, draws
+        self._orders: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def _place(self, k: int) -> int:
+        epoch, offset = divmod(k, len(self.data))
+        if len(self.data) >= self.length:  # never walked through twice: the order does not matter, and need not be stored
+            return k
+        if epoch not in self._orders:
+            self._orders = {
+                epoch: torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.seed + 7919 * epoch))
+            }
+        return int(self._orders[epoch][offset])
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        places = [self._place(k) for k in numbers]
+        if hasattr(self.data, "__getitems__"):
+            items = self.data.__getitems__(places)
+        else:
+            items = [self.data[i] for i in places]
+        u = hash_uniform(stream_key(self.seed, 11_000_027, torch.tensor(numbers).numpy()), self.draws)
+        return [{**item, "index": place, "u": row} for item, place, row in zip(items, places, u, strict=True)]
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        return self.__getitems__([k])[0]
+
+
+class UMMTrainer(Trainer):
+    """transformers.Trainer with Muon, EMA, part losses in the log, and sequential (already random) streams."""
+
+    def __init__(self, model: nn.Module, args: UMMArguments, **kwargs: Any):
+        self._parts: dict[str, list[float]] = {}
+        super().__init__(model=model, args=args, **kwargs)
+        if args.ema_decay:
+            self.add_callback(EMACallback(args.ema_decay))
+
+    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        model = model or self.model
+        if self.optimizer is None:
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            hidden = {id(p) for n, p in named if self.args.muon and p.ndim == 2 and "blocks." in n}
+            self.optimizer = MuonAdamW(
+                [p for _, p in named if id(p) in hidden], [p for _, p in named if id(p) not in hidden],
+                self.args.learning_rate, self.args.weight_decay, (self.args.adam_beta1, self.args.adam_beta2),
+            )  # fmt: skip
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        outputs = model(**inputs)
+        for name, value in outputs.items():
+            if name.endswith("_loss"):
+                self._parts.setdefault(name, []).append(float(value.detach()))
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._parts = {}
+        metrics = super().evaluate(*args, **kwargs)
+        metrics |= {f"eval_{k}": sum(v) / len(v) for k, v in self._parts.items()}
+        self._parts = {}
+        self.log({k: v for k, v in metrics.items() if k.endswith("_loss")})
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._parts:
+            logs |= {k: round(sum(v) / len(v), 5) for k, v in self._parts.items()}
+            self._parts = {}
+        super().log(logs, *args, **kwargs)
+
+    def fit(self) -> None:
+        """Train, from the last whole checkpoint when ``args.resume``; an interrupt saves one before it ends."""
+        last = get_last_checkpoint(self.args.output_dir) if self.args.resume and os.path.isdir(self.args.output_dir) else None
+        try:
+            self.train(resume_from_checkpoint=last)
+        except KeyboardInterrupt:
+            self._save_checkpoint(self.model, trial=None)
+            raise
+
+
+def world_mean(value: Tensor) -> Tensor:
+    """Mean of a tensor over all processes (itself on one)."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def run_record(
+    config: TrainingArguments, started: float, history: Iterable[Mapping[str, Any]] = (), **more: Any
+) -> dict[str, Any]:
+    """What it takes to make a run again: command, configuration, seed, versions, device, wall time, and its log."""
+    import numpy
+    import transformers
+
+    defaults = type(config)(output_dir="")
+    changed = {}
+    for name in config.__dataclass_fields__:
+        value = getattr(config, name)
+        if (
+            isinstance(value, bool | int | float | str)
+            and value != getattr(defaults, name)
+            and name not in ("output_dir", "logging_dir", "resume")
+        ):
+            changed[name] = value
+    return {
+        "command": shlex.join(["umm-kit", *sys.argv[1:]]) if "umm-kit" in sys.argv[0] else type(config).__name__,
+        "config": changed,
+        "seed": config.seed,
+        "versions": {"umm_kit": umm_kit.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                     "numpy": numpy.__version__, "python": platform.python_version()},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "wall_seconds": round(time.time() - started, 1),
+        "log": list(history),
+        **more,
+    }  # fmt: skip
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write through a temporary file, so that a full disk or an interrupt never leaves half a record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    partial.replace(path)

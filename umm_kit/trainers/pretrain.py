@@ -1,0 +1,201 @@
+"""Pretraining and supervised fine-tuning: both flows from the same images, in one step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import set_seed
+
+from umm_kit.data import open_data
+from umm_kit.models.base import MASK_RATIO
+from umm_kit.models.masked import DESCRIBE, IGNORE, MaskedUMM, MaskedUMMConfig
+from umm_kit.models.tokenizers import ImageTokenizer, train_text_tokenizer
+from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record, world_mean, write_json
+
+
+@dataclass
+class PretrainConfig(UMMArguments):
+    """Configuration of :func:`train`; defaults make the shipped ``tiny-masked``."""
+
+    output_dir: str | None = "runs/masked"
+    model: str = field(default="", metadata={"help": "Go on from this model (fine-tuning); empty starts a new one."})
+    image_tokenizer: str = field(
+        default="runs/tokenizer", metadata={"help": "Folder of the trained image tokenizer of a new model."}
+    )
+    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
+    hidden_size: int = 128
+    num_layers: int = 10
+    num_heads: int = 4
+    questions: int = field(default=3, metadata={"help": "Questions per image beside its caption."})
+    understanding_weight: float = 1.0
+    generation_weight: float = 1.0
+    full_mask: float = field(
+        default=0.1, metadata={"help": "Share of generation examples with every token hidden (text-to-image replay)."}
+    )
+    mask_schedule: str = field(
+        default="cosine",
+        metadata={
+            "help": "Mask ratio of the others: 'cosine' (cos of a uniform angle, as MaskGIT) or 'flow' (uniform in 0.2-0.6, as DIVA)."
+        },
+    )
+    caption_dropout: float = field(
+        default=0.1, metadata={"help": "Share of generation examples without text, for classifier-free guidance."}
+    )
+    max_steps: int = 6000
+    per_device_train_batch_size: int = 64
+    learning_rate: float = 2e-3
+    lr_scheduler_type: str = "warmup_stable_decay"
+    decay_share: float = field(
+        default=0.3, metadata={"help": "Share of the steps at the end in which the learning rate falls to 0."}
+    )
+    warmup_steps: float = 200
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.95
+    ema_decay: float = 0.998
+    bf16: bool = True
+    save_steps: float = 500
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 500
+    per_device_eval_batch_size: int = 64
+    eval_items: int = field(default=256, metadata={"help": "Validation examples behind each evaluation loss."})
+
+    def __post_init__(self) -> None:
+        if self.mask_schedule not in ("cosine", "flow"):
+            raise ValueError(f"mask_schedule is {self.mask_schedule!r}; expected 'cosine' or 'flow'")
+        for name in ("full_mask", "caption_dropout", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
+        if (
+            min(self.understanding_weight, self.generation_weight) < 0
+            or not self.understanding_weight + self.generation_weight > 0
+        ):
+            raise ValueError("understanding_weight and generation_weight must not be negative, nor both zero")
+        if str(self.lr_scheduler_type) == "warmup_stable_decay":
+            self.lr_scheduler_kwargs = {"num_decay_steps": int(self.decay_share * self.max_steps)}
+        super().__post_init__()
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> PretrainConfig:
+        """A run of seconds for tests: 8 steps of 8 small examples; deviates from the default in sizes and steps only."""
+        small = dict(hidden_size=32, num_layers=2, num_heads=2, max_steps=8, per_device_train_batch_size=8, warmup_steps=2, save_steps=4,
+                     eval_strategy="no", logging_steps=1, bf16=False)  # fmt: skip
+        return cls(**{**small, **changes})
+
+
+class Collator:
+    """Items of a :class:`Stream` to tensors for both flows; every choice comes from the item's own draws ``u``.
+
+    u[0] the full mask, u[1] the mask ratio, u[2] caption dropout, u[8:] the order in which tokens are hidden.
+    """
+
+    def __init__(self, model: MaskedUMM, data: Any, config: PretrainConfig):
+        self.model, self.data, self.config = model, data, config
+
+    def masks(self, u: np.ndarray) -> Tensor:
+        """Masks [B, N] bool from draws [B, 8 + N]."""
+        n = self.model.num_image_tokens
+        low, high = MASK_RATIO
+        ratio = np.cos(np.pi / 2 * u[:, 1]) if self.config.mask_schedule == "cosine" else low + (high - low) * u[:, 1]
+        ratio = np.where(u[:, 0] < self.config.full_mask, 1.0, ratio)
+        count = np.clip(np.rint(ratio * n), 1, n)
+        return torch.from_numpy(u[:, 8 : 8 + n].argsort(1).argsort(1) < count[:, None])
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        places, u = [item["index"] for item in items], np.stack([item["u"] for item in items])
+        asked = self.data.questions(places, self.config.questions) if hasattr(self.data, "questions") else [[] for _ in items]
+        segments = [[(DESCRIBE, item["texts"]), *more] for item, more in zip(items, asked, strict=True)]
+        drawn = self.data.drawing_texts(places) if hasattr(self.data, "drawing_texts") else [item["texts"] for item in items]
+        texts = ["" if row[2] < self.config.caption_dropout else text for text, row in zip(drawn, u, strict=True)]
+        return {
+            "images": torch.stack([item["images"] for item in items]),
+            "understanding": self.model.pack(segments),
+            "captions": self.model.pack_captions(texts),
+            "mask": self.masks(u),
+        }
+
+
+class PretrainTrainer(UMMTrainer):
+    """Trains a :class:`MaskedUMM` in place on understanding_weight * L_U + generation_weight * L_G.
+
+    Both losses are means over all supervised tokens of the global batch, so that they do not depend on how many
+    processes share it.
+    """
+
+    def __init__(self, model: MaskedUMM, args: PretrainConfig, train_dataset: Any, eval_dataset: Any = None, **kwargs: Any):
+        length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        draws = 8 + model.num_image_tokens
+        stream = Stream(train_dataset, length, args.seed, draws)
+        held_out = (
+            None if eval_dataset is None else Stream(eval_dataset, min(len(eval_dataset), args.eval_items), args.seed + 1, draws)
+        )
+        self._eval_collator = None if eval_dataset is None else Collator(model, eval_dataset, args)
+        super().__init__(
+            model, args, train_dataset=stream, eval_dataset=held_out, data_collator=Collator(model, train_dataset, args), **kwargs
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        training, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        inputs = dict(inputs)
+        images = inputs.pop("images")
+        inputs["codes"] = self.accelerator.unwrap_model(model).image_tokenizer.encode(images)
+        counts = torch.stack([(inputs["understanding"]["labels"] != IGNORE).sum(), inputs["mask"].sum()]).float()
+        inputs["tokens"] = world_mean(counts) if model.training else counts
+        inputs |= {"understanding_weight": self.args.understanding_weight, "generation_weight": self.args.generation_weight}
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+def new_model(config: PretrainConfig, data: Any) -> MaskedUMM:
+    """An untrained model around a trained image tokenizer, with a text tokenizer made from the data's words."""
+    from umm_kit.data.language import vocabulary_corpus
+
+    folder = Path(config.image_tokenizer)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"no image tokenizer in {folder}; train one with 'umm-kit train tokenizer --output_dir {folder}'")
+    tokenizer = ImageTokenizer.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    words = train_text_tokenizer(vocabulary_corpus() if config.data == "shapes" else corpus(data))
+    sizes = dict(hidden_size=config.hidden_size, num_layers=config.num_layers, num_heads=config.num_heads)
+    model = MaskedUMM(MaskedUMMConfig(**sizes, text_vocab_size=len(words), image_tokenizer=tokenizer.config.to_dict()), words)
+    model.image_tokenizer.load_state_dict(tokenizer.state_dict())
+    return model
+
+
+def corpus(data: Any) -> list[str]:
+    """All texts of a finite data set: captions, questions and answers."""
+    texts = [DESCRIBE]
+    for i in range(len(data)):
+        texts.append(data.texts[i] if hasattr(data, "texts") else data[i]["texts"])
+        if hasattr(data, "questions"):
+            texts += [text for pair in data.questions([i], 100)[0] for text in pair]
+    return texts
+
+
+def train(config: PretrainConfig) -> MaskedUMM:
+    """Pretrain or fine-tune, and save the model with its run record to ``config.output_dir``."""
+    from umm_kit.models import load
+
+    started = time.time()
+    set_seed(config.seed)
+    data, held_out = open_data(config.data, "train", seed=config.seed), open_data(config.data, "validation", seed=config.seed)
+    model = load(config.model, device="cpu") if config.model else new_model(config, data)
+    model.train()
+    trainer = PretrainTrainer(model, config, data, eval_dataset=held_out if config.eval_strategy != "no" else None)
+    trainer.fit()
+    model.eval()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(str(config.output_dir))
+        record = run_record(config, started, trainer.state.log_history, parameters=model.num_parameters(only_trainable=True))
+        write_json(Path(str(config.output_dir)) / "run.json", record)
+    return model

@@ -1,0 +1,92 @@
+"""Training of the image tokenizer (reconstruction of scenes at every texture level, or of any images)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, codebook_use
+from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record, write_json
+
+
+@dataclass
+class TokenizerConfig(UMMArguments):
+    """Configuration of :func:`train`; defaults make the shipped tokenizer."""
+
+    output_dir: str | None = "runs/tokenizer"
+    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
+    levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5], metadata={"help": "FSQ levels; the codebook has their product."})
+    channels: int = 96
+    depth: int = 3
+    max_steps: int = 4500
+    per_device_train_batch_size: int = 64
+    learning_rate: float = 2e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 100
+    muon: bool = False
+    ema_decay: float = 0.995
+    bf16: bool = True
+    save_steps: float = 1000
+    adam_beta2: float = 0.95
+
+
+class TextureMix(torch.utils.data.Dataset):
+    """Scenes that take turns at the texture levels, half of them at the default one.
+
+    The tokenizer sees pixels and no words: one turn in four shows held-out compositions too, so that what is measured on
+    them later is how the unified model composes, not whether its tokenizer can paint an orange triangle.
+    """
+
+    def __init__(self, seed: int):
+        from umm_kit.data.shapes import Nuisance, Shapes
+
+        turns = (("train", "mid"), ("train", "high"), ("heldout", "mid"), ("train", "none"))
+        self.turns = [Shapes(split, n=2**40, seed=seed, nuisance=Nuisance(texture=texture)) for split, texture in turns]
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        turn = self.turns[numbers[0] // max(len(numbers), 1) % len(self.turns)]
+        return turn.__getitems__(numbers)
+
+
+def images_only(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    return {"images": torch.stack([item["images"] for item in items])}
+
+
+def train(config: TokenizerConfig) -> ImageTokenizer:
+    """Train an image tokenizer and save it, with its run record, to ``config.output_dir``."""
+    from umm_kit.data import open_data
+
+    started = time.time()
+    set_seed(config.seed)
+    data = TextureMix(config.seed) if config.data == "shapes" else open_data(config.data, "train", seed=config.seed)
+    length = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    model = ImageTokenizer(ImageTokenizerConfig(channels=config.channels, depth=config.depth, levels=tuple(config.levels)))
+    trainer = UMMTrainer(model, config, train_dataset=Stream(data, length, config.seed), data_collator=images_only)
+    trainer.fit()
+    held_out = open_data(config.data, "validation", n=256, seed=config.seed)
+    images = torch.stack([item["images"] for item in held_out.__getitems__(range(len(held_out)))])
+    model.eval()
+    error = (model.reconstruct(images) - images).square().mean()
+    use = codebook_use(model.encode(images), model.codebook_size)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(str(config.output_dir))
+        scores = {
+            "psnr_db": float(-10 * torch.log10(error)),
+            "codes_used": use.used,
+            "codes": use.size,
+            "perplexity": use.perplexity,
+            "n": len(images),
+        }
+        write_json(
+            Path(str(config.output_dir)) / "run.json", run_record(config, started, trainer.state.log_history, scores=scores)
+        )
+    return model
