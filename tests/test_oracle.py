@@ -245,6 +245,8 @@ def test_facts_by_hand():
          ["it is not true that a small red circle is right of a large blue square"]),
         ("a small red circle at the top left and a large blue square at the centre", 7 / 8, 1, False,
          ["nothing at the centre is a large blue square"]),
+        ("a small red circle at the right and a large blue square at the top left", 6 / 8, 1, False,
+         ["nothing at the right is a small red circle", "nothing at the top left is a large blue square"]),
         ("a small red circle and a large blue elephant", 3 / 4, 1 / 2, False,
          ["could not read 'a large blue elephant'", "expected a large blue square, found nothing"]),
         ("hello", 0, 0, False,

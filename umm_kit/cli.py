@@ -83,6 +83,14 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--seed", type=int, default=1, help="of data and decoding (default: %(default)s)")
     sub.add_argument("--output", type=Path, metavar="FILE.json", help="also write them, item by item, with the record of the run")
 
+    sub = command("audit", audit, "how far the oracle and the image tokenizer can be trusted")
+    sub.add_argument("model", metavar="MODEL", help="a shipped model or a folder")
+    sub.add_argument("--split", default="test", help="(default: %(default)s)")
+    sub.add_argument("--texture", choices=("none", "mid", "high"), default="mid", help="(default: %(default)s)")
+    sub.add_argument("--n", type=int, default=2000, help="scenes (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    sub.add_argument("--output", type=Path, metavar="FILE.json", help="also write everything there")
+
     sub = command("check", check, "say what a model meets of the contract, and what is missing")
     sub.add_argument("model", metavar="MODEL", help="a shipped model or a folder")
 
@@ -174,21 +182,43 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.output:
         result.save(args.output)
         print(f"written to {args.output}")
+        if (args.output.parent / "run.json").exists():
+            from umm_kit.models.card import write_card
+
+            print(f"and {write_card(args.output.parent)}")
     return 0
 
 
 def _data(args: argparse.Namespace, image_size: int) -> Any:
-    import umm_kit as uk
+    from umm_kit.data import open_data
 
-    if args.data == "shapes":
-        return uk.Shapes(args.split, n=args.n or 512, seed=args.seed, image_size=image_size)
-    if args.data == "digits":
-        return uk.Digits(args.split, n=args.n, seed=args.seed, image_size=image_size)
-    if not Path(args.data).is_dir():
-        raise FileNotFoundError(f"--data {args.data} is neither shapes, digits nor a folder; expected one of them")
-    if args.n is not None:
+    if args.data not in ("shapes", "digits") and args.n is not None:
         raise ValueError("--n does not apply to a folder, which is read as a whole; leave it out")
-    return uk.ImageText(args.data, image_size=image_size)
+    n = args.n or (512 if args.data == "shapes" else None)
+    return open_data(args.data, args.split, n=n, seed=args.seed, image_size=image_size)
+
+
+def audit(args: argparse.Namespace) -> int:
+    """Print how honest the oracle is on clean, damaged and reconstructed pictures, and what the tokenizer keeps."""
+    import pandas as pd
+
+    import umm_kit as uk
+    from umm_kit.evaluation.reconstruction import audit_pictures
+
+    model = uk.load(args.model)
+    nuisance = uk.Nuisance(texture=args.texture)
+    data = uk.Shapes(args.split, n=args.n, seed=args.seed, image_size=model.image_size, nuisance=nuisance)
+    result = audit_pictures(model.image_tokenizer, data, args.seed)
+    columns = ["exact", "unclear", "silent", "false_accept", "n", "n_edits"]
+    print(pd.DataFrame(result["oracle"]).T[columns].to_string(float_format="%.4f"))
+    print("\nR^2 of each nuisance factor read off the pictures:")
+    print(pd.DataFrame(result["nuisance_r2"]).T.to_string(float_format="%.3f"))
+    use = result["codebook"]
+    print(f"\n{use['used']} of {use['size']} codes used, perplexity {use['perplexity']:.0f}; PSNR {result['psnr_db']:.1f} dB")
+    if args.output:
+        args.output.write_text(json.dumps({"command": shlex.join(["umm-kit", *args.argv]), **result}, indent=1) + "\n")
+        print(f"written to {args.output}")
+    return 0
 
 
 def check(args: argparse.Namespace) -> int:

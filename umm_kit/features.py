@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -82,12 +84,19 @@ def _flow_batches(
     model.eval()
     try:
         total = -(-len(data) // batch_size)
-        for number, batch in enumerate(tqdm(batches(data, batch_size), total=total, desc="flows", disable=not progress, delay=2)):
+        stream = tqdm(batches(data, batch_size), total=total, desc="flows", disable=not progress, delay=2)
+        for number, batch in enumerate(stream):
             repeated = seen & set(batch["ids"])
             if repeated:
-                raise ValueError(f"ids repeat in the data set: {sorted(repeated)[:3]}; features are kept by id, so each must be unique")
+                raise ValueError(
+                    f"ids repeat in the data set: {sorted(repeated)[:3]}; features are kept by id, so each must be unique"
+                )
             seen |= set(batch["ids"])
             if folder is not None and _shard(folder, number).exists():
+                with safe_open(_shard(folder, number), "pt") as shard:
+                    found = json.loads(shard.metadata()["ids"])
+                if found != list(batch["ids"]):
+                    raise ValueError(f"{_shard(folder, number)} holds other examples than this data set; choose another folder")
                 continue
             out = Features(list(batch["ids"]), {}, {}, (0, 0), factors=dict(batch.get("factors", {})))
             for flow in flows:
@@ -106,6 +115,14 @@ def _flow_batches(
             yield out
     finally:
         model.train(was_training)
+
+
+def checksum(model: Any) -> int:
+    """Of all weights and buffers: features of two stages of one training must not be mixed."""
+    check = 0
+    for tensor in model.state_dict().values():
+        check = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), check)
+    return check
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -154,19 +171,27 @@ def extract(
         folder: write one safetensors shard per batch there and return the folder; without it the result is returned.
             Shards that are already there are kept: a stopped run goes on where it was.
     Raises:
-        ValueError: unknown flow or layer, ids that repeat, or a folder that was made with other settings.
+        ValueError: unknown flow or layer, no data, ids that repeat, or a folder made with other settings, weights or examples.
     """
-    settings = [list(flows), layers and list(layers), pooled, mask_ratio, mask_layout, seed, batch_size]
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    if not len(data):
+        raise ValueError("the data set is empty; expected at least one example")
     if folder is None:
         found = list(_flow_batches(model, data, flows, layers, pooled, mask_ratio, mask_layout, seed, batch_size, progress))
-        if not found:
-            raise ValueError("the data set is empty; expected at least one example")
         return _join(found)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "flows": list(flows), "layers": None if layers is None else list(layers), "pooled": pooled, "mask_ratio": mask_ratio,
+        "mask_layout": mask_layout, "seed": seed, "batch_size": batch_size, "n": len(data), "model": checksum(model),
+    }  # fmt: skip
     about = folder / "features.json"
-    if about.exists() and json.loads(about.read_text())["settings"] != json.loads(json.dumps(settings)):
-        raise ValueError(f"{folder} holds features made with other settings; choose another folder")
+    wanted = json.loads(json.dumps(settings))
+    made = json.loads(about.read_text())["settings"] if about.exists() else wanted
+    if made != wanted:
+        changed = [f"{k} {made.get(k)} (now {v})" for k, v in wanted.items() if made.get(k) != v]
+        raise ValueError(f"{folder} holds features made with other settings: {', '.join(changed)}; choose another folder")
     about.write_text(json.dumps({"settings": settings}))
     for _ in _flow_batches(model, data, flows, layers, pooled, mask_ratio, mask_layout, seed, batch_size, progress, folder):
         pass
@@ -175,8 +200,6 @@ def extract(
 
 def read(folder: str | Path) -> Features:
     """Features that :func:`extract` wrote to a folder."""
-    from safetensors import safe_open
-
     names = sorted(Path(folder).glob("part-*.safetensors"))
     if not names:
         raise ValueError(f"{folder} holds no feature shards (part-*.safetensors)")

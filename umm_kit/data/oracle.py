@@ -49,13 +49,13 @@ _FAINTEST = 0.3
 _BLURS = (0.0, 0.6, 1.0)
 # Both gates were chosen on validation scenes (seed 100, n = 1000) so that no render with Gaussian noise of .05 or blur of .8
 # pixels comes back unclear. The least leftover gate that does so is .14 (of .12, .14, .16, .18): no single object with half of it
-# missing, a second colour in half of it, or a place 3 or 5 pixels off the lattice then passes as clear, and 3 % of those with a
-# third missing do (1 % at .12, 13 % at .18), for two thirds of a shape may be another shape. The largest such margin gate is .004
-# (of 0, .002, .004, .006, .008): it turns half of the misreadings of a 31 dB linear reconstruction into unclear things.
+# missing, a second colour in half of it, or a place 3 or 5 pixels off the lattice then passes as clear, and 2 % of those with a
+# third missing do (.4 % at .12, 10 % at .18), for two thirds of a shape may be another shape. The largest such margin gate is
+# .008 (of 0, .002, .004, .006, .008, .012): it turns 7 of 10 misreadings of a 31 dB linear reconstruction into unclear things.
 #: Mean chroma over 3 x 3 pixels of 32 that no fit explains (a whole object has .33 to .7): above it, something is unclear.
 LEFTOVER_GATE = 0.14
 #: Least lead of the best description over the next, as a share of the chroma energy of the best.
-MARGIN_GATE = 0.004
+MARGIN_GATE = 0.008
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class Oracle:
         grey = np.linalg.norm(hue, axis=1) < LEFTOVER_GATE
         image = np.zeros(count, dtype=int)
         image[label] = row
-        for k in np.argsort(mass):
+        for k in np.argsort(mass.round(3), kind="stable"):  # equal patches stay in raster order
             cell = self._owner[int(middle_y[k]), int(middle_x[k])]
             yield int(image[k]), int(cell), float(middle_x[k]), float(middle_y[k]), None if grey[k] else COLOURS[nearest[k]]
 

@@ -397,7 +397,8 @@ class Shapes(torch.utils.data.Dataset):
         styles, out = self.draws(indices, 1)[:, 0], []
         for row, draws in enumerate(u):
             objects = scenes.objects(row)
-            short = [text for c in CATEGORIES if (text := prompt(objects, c))] or [join([phrase(None, o.colour, o.shape) for o in objects])]
+            short = [text for c in CATEGORIES if (text := prompt(objects, c))]
+            short = short or [join([phrase(None, o.colour, o.shape) for o in objects])]
             out.append(self._caption(objects, styles[row], self.style) if draws[0] < 0.5 else short[int(draws[1] * len(short))])
         return out
 

@@ -203,6 +203,8 @@ def draw_mask(
         smallest = math.ceil(area / columns)
         height = min(rows, smallest + int(u[i, 0] * (min(rows, area) - smallest + 1)))
         width = min(columns, max(1, round(area / height)))
+        if height * width == total > area:  # rounding up must not hide the whole image
+            width -= 1
         top, left = int(u[i, 1] * (rows - height + 1)), int(u[i, 2] * (columns - width + 1))
         mask[i, top : top + height, left : left + width] = True
     return mask.flatten(1)
@@ -222,7 +224,10 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """ "auto" prefers cuda, then mps, then the CPU."""
     if str(device) != "auto":
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -231,6 +236,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """ "auto" is bf16 where a matrix product of about 50 ms runs faster in it than in float32, else float32."""
     if dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}; expected 'auto', 'float32', 'bfloat16', ...")
         return getattr(torch, dtype)
     seconds = {}
     for kind in (torch.float32, torch.bfloat16):
@@ -283,13 +290,23 @@ def check_model(model: Any, batch: Mapping[str, Any]) -> CheckReport:
         if not torch.isfinite(out.loss):
             raise ValueError(f"the loss is {float(out.loss)}")
 
+    def layers() -> None:
+        groups = {name: list(group) for name, group in model.layer_parameters().items()}
+        if len(groups) != model.num_layers or not all(groups.values()):
+            found = {name: len(group) for name, group in groups.items()}
+            raise ValueError(f"parameters per layer are {found}; expected some for each of {model.num_layers} layers")
+
+    def count(what: str, made: int) -> None:
+        if made != n:
+            raise ValueError(f"{made} {what} for {n} examples; expected one each")
+
     probes = {
-        "layer_parameters": lambda: [p for group in model.layer_parameters().values() for p in group][0],
+        "layer_parameters": layers,
         "understanding_flow": lambda: flow("understanding_flow"),
         "generation_flow": lambda: flow("generation_flow"),
-        "understand": lambda: model.understand(batch["images"]),
-        "generate": lambda: check_images(model.generate(batch["texts"])),
-        "image_log_prob": lambda: model.image_log_prob(batch["texts"], batch["images"]),
+        "understand": lambda: count("texts", len(model.understand(batch["images"]))),
+        "generate": lambda: count("images", len(check_images(model.generate(batch["texts"])))),
+        "image_log_prob": lambda: count("log-probabilities", len(model.image_log_prob(batch["texts"], batch["images"]))),
     }
     with torch.no_grad():
         for name in ("embedding", "num_layers", "hidden_size", "grid", *probes):

@@ -16,7 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +139,7 @@ class MaskedUMM(PreTrainedModel):
         # Residual branches start small, so that the sum over blocks keeps its scale.
         if isinstance(module, Block):
             for last in (module.attention.out, module.mlp[-1]):
-                nn.init.normal_(last.weight, std=d**-0.5 / math.sqrt(2 * self.config.num_layers))
+                nn.init.normal_(cast(nn.Linear, last).weight, std=d**-0.5 / math.sqrt(2 * self.config.num_layers))
 
     # --- words ---------------------------------------------------------------------------------------------------------
 
@@ -152,17 +152,18 @@ class MaskedUMM(PreTrainedModel):
     def _special(self, token: str) -> int:
         return self.words.convert_tokens_to_ids(token)
 
-    def pack(self, segments: Sequence[Sequence[tuple[str, str | None]]]) -> dict[str, Tensor]:
+    def pack(self, segments: Sequence[Sequence[tuple[str, str | None]]], multiple: int = 1) -> dict[str, Tensor]:
         """Tokenize text segments that follow one image: per image a list of (prompt, target or None).
 
         Returns tensors [B, T] ``ids``, ``segment`` (-1 = padding), ``position`` (within its segment) and ``labels`` (the
-        *next* token where it belongs to a target or its <eos>, else -100).
+        *next* token where it belongs to a target or its <eos>, else -100). T is padded to a multiple of ``multiple``.
         """
         flat = [text for row in segments for pair in row for text in pair if text is not None]
         encoded = iter(self.words(flat, add_special_tokens=False)["input_ids"] if flat else [])
         eos, rows = self._special("<eos>"), []
         for row in segments:
-            ids, segment, position, labels = [], [], [], []
+            columns: tuple[list[int], ...] = ([], [], [], [])
+            ids, segment, position, labels = columns
             for number, (_, target) in enumerate(row):
                 asked = next(encoded)
                 said = [] if target is None else [*next(encoded), eos]
@@ -173,19 +174,20 @@ class MaskedUMM(PreTrainedModel):
                 segment += [number] * len(tokens)
                 position += range(len(tokens))
                 labels += ([IGNORE] * (len(asked) - 1) + said + [IGNORE])[: len(tokens)]
-            rows.append((ids, segment, position, labels))
-        width = max(len(r[0]) for r in rows)
+            rows.append(columns)
+        width = -(-max(len(r[0]) for r in rows) // multiple) * multiple
         fills = (self._special("<pad>"), -1, 0, IGNORE)
-        columns = [torch.tensor([r[k] + [fill] * (width - len(r[k])) for r in rows]) for k, fill in enumerate(fills)]
-        return dict(zip(("ids", "segment", "position", "labels"), columns, strict=True))
+        tensors = [torch.tensor([r[k] + [fill] * (width - len(r[k])) for r in rows]) for k, fill in enumerate(fills)]
+        return dict(zip(("ids", "segment", "position", "labels"), tensors, strict=True))
 
-    def pack_captions(self, texts: Sequence[str]) -> Tensor:
+    def pack_captions(self, texts: Sequence[str], multiple: int = 1) -> Tensor:
         """Tokenize texts for generation: [B, T] = <bos> <generate> words <eos>, padded; "" is the unconditional prompt."""
         ends = [self._special(t) for t in ("<bos>", "<generate>", "<eos>", "<pad>")]
         rows = [[ends[0], ends[1], *ids, ends[2]] for ids in self.words(list(texts), add_special_tokens=False)["input_ids"]]
         width = max(map(len, rows))
         if width > self.config.max_text:
             raise ValueError(f"a text of {width} tokens exceeds max_text = {self.config.max_text}")
+        width = min(-(-width // multiple) * multiple, self.config.max_text)
         return torch.tensor([r + [ends[3]] * (width - len(r)) for r in rows])
 
     # --- one transformer -----------------------------------------------------------------------------------------------
@@ -462,8 +464,9 @@ class MaskedUMM(PreTrainedModel):
     ) -> Tensor:
         """Surrogate log-likelihood [B] of the images' codes given the texts, in nats, with gradient.
 
-        A masked model has no tractable likelihood; this is the order-agnostic bound E_r[N / |masked| * sum log p(code | visible)] with mask
-        ratios at the midpoints of ``draws`` equal strata of (0, 1] (lower = less likely).
+        A masked model has no tractable likelihood; this is the order-agnostic bound
+        E_r[N / |masked| * sum over masked of log p(code | visible, text)], with mask ratios r at the midpoints of ``draws``
+        equal strata of (0, 1] (lower = less likely).
         """
         codes = self.image_tokenizer.encode(images.to(self.device))
         ids = self.pack_captions(texts).to(self.device)

@@ -152,7 +152,7 @@ class ImageTokenizer(PreTrainedModel):
         """decode(encode(images))."""
         return self.decode(self.encode(images))
 
-    def forward(self, images: Tensor, **_: object) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Reconstruction loss: squared and absolute error, coloured pixels weighing 8 times as much as grey ones.
 
         Coloured objects cover a small part of a scene: an unweighted error would spend the codes on the ground.
@@ -178,6 +178,8 @@ def codebook_use(codes: Tensor, size: int) -> CodebookUse:
     """Count of used codes and perplexity exp(-sum p log p) of codes [..., N]."""
     if not codes.numel():
         raise ValueError("no codes were given; expected at least one")
+    if codes.min() < 0 or codes.max() >= size:
+        raise ValueError(f"codes range from {int(codes.min())} to {int(codes.max())}; expected 0 to {size - 1}")
     frequency = torch.bincount(codes.flatten(), minlength=size).double()
     p = frequency / frequency.sum()
     return CodebookUse(int((frequency > 0).sum()), size, float(torch.exp(-(p[p > 0] * p[p > 0].log()).sum())))
@@ -189,8 +191,10 @@ def train_text_tokenizer(corpus: Iterable[str], max_words: int = 8192) -> PreTra
     Lower case; punctuation stands alone. ``tokenizers`` does the work, so that saving and loading are the library's.
 
     Raises:
-        ValueError: the corpus holds no word.
+        ValueError: the corpus holds no word, or ``max_words`` (special tokens included) leaves room for none.
     """
+    if max_words <= len(SPECIAL_TOKENS):
+        raise ValueError(f"max_words is {max_words}; expected more than the {len(SPECIAL_TOKENS)} special tokens")
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -199,5 +203,5 @@ def train_text_tokenizer(corpus: Iterable[str], max_words: int = 8192) -> PreTra
         raise ValueError("the corpus holds no words; expected at least one caption")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>",
-        additional_special_tokens=list(SPECIAL_TOKENS[4:]),
+        additional_special_tokens=list(SPECIAL_TOKENS[4:]), split_special_tokens=True,  # "<eos>" in a caption is only words
     )  # fmt: skip

@@ -7,10 +7,12 @@ a resumed run, and a run on more processes, therefore see exactly the batches of
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
+import signal
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +21,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 import umm_kit
 from umm_kit.data.shapes import hash_uniform, stream_key
 from umm_kit.models.base import resolve_device
 
 EMA_FILE = "ema.safetensors"
+ENDLESS = 2**32  # a data set of this length makes its examples on demand and is never walked to its end
 
 
 @dataclass
@@ -51,7 +54,7 @@ class UMMArguments(TrainingArguments):
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected a number in [0, 1)")
         # transformers asks for this flag before it allows bf16 without an accelerator.
-        self.use_cpu = self.use_cpu or resolve_device().type == "cpu"
+        self.use_cpu: bool = self.use_cpu or resolve_device().type == "cpu"
         super().__post_init__()
 
 
@@ -118,14 +121,26 @@ class EMACallback(TrainerCallback):
         weights = self._weights(model)
         torch._foreach_lerp_(list(self.average.values()), [weights[k].float() for k in self.average], 1 - decay)
 
-    def on_save(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-        if state.is_world_process_zero:
-            save_file(self.average, Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE)
-
     def on_train_end(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
         with torch.no_grad():
             for name, p in self._weights(model).items():
                 p.copy_(self.average[name])
+
+
+class InterruptCallback(TrainerCallback):
+    """An interrupt waits for the end of the step, where a checkpoint is whole; a second one does not wait."""
+
+    asked = False
+
+    def ask(self, *_: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+        # The processes of one run must stop after the same step, whichever of them heard it first.
+        self.asked = bool(world_mean(torch.tensor(float(self.asked), device=args.device)) > 0)
+        if self.asked:
+            control.should_save = control.should_training_stop = True
 
 
 class Stream(torch.utils.data.Dataset):
@@ -145,7 +160,7 @@ class Stream(torch.utils.data.Dataset):
 
     def _place(self, k: int) -> int:
         epoch, offset = divmod(k, len(self.data))
-        if len(self.data) >= self.length:  # never walked through twice: the order does not matter, and need not be stored
+        if len(self.data) >= ENDLESS:  # examples made on demand come in no order that could matter
             return k
         if epoch not in self._orders:
             self._orders = {
@@ -171,6 +186,8 @@ class UMMTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: UMMArguments, **kwargs: Any):
         self._parts: dict[str, list[float]] = {}
+        self._started, self._seconds_before = time.time(), 0.0
+        check_writable(str(args.output_dir))
         super().__init__(model=model, args=args, **kwargs)
         if args.ema_decay:
             self.add_callback(EMACallback(args.ema_decay))
@@ -180,7 +197,7 @@ class UMMTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = model or self.model
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             hidden = {id(p) for n, p in named if self.args.muon and p.ndim == 2 and "blocks." in n}
             self.optimizer = MuonAdamW(
@@ -203,25 +220,78 @@ class UMMTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._parts = {}
         metrics = super().evaluate(*args, **kwargs)
-        metrics |= {f"eval_{k}": sum(v) / len(v) for k, v in self._parts.items()}
-        self._parts = {}
+        metrics |= {f"eval_{k}": v for k, v in self._part_means().items()}
         self.log({k: v for k, v in metrics.items() if k.endswith("_loss")})
         return metrics
 
+    def seconds(self) -> float:
+        """Wall time of the run, with that of the runs it was resumed from up to their last log entry."""
+        return round(self._seconds_before + time.time() - self._started, 1)
+
+    def _part_means(self) -> dict[str, float]:
+        """Means over the batches since the last call and over all processes; starts anew."""
+        parts, self._parts = self._parts, {}
+        return {k: float(world_mean(torch.tensor(sum(v) / len(v), device=self.args.device))) for k, v in parts.items()}
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        logs.pop("train_loss", None)  # transformers' closing mean forgets what a resumed run did before
+        logs["seconds"] = self.seconds()
         if "loss" in logs and self._parts:
-            logs |= {k: round(sum(v) / len(v), 5) for k, v in self._parts.items()}
-            self._parts = {}
+            logs |= self._part_means()
         super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            # The averages go first: the state file that transformers writes last marks a whole checkpoint.
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, EMACallback) and self.is_world_process_zero():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    save_file(callback.average, folder / EMA_FILE)
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(f"{folder} could not be written ({error}); make room, then go on with --resume True") from error
 
     def fit(self) -> None:
         """Train, from the last whole checkpoint when ``args.resume``; an interrupt saves one before it ends."""
-        last = get_last_checkpoint(self.args.output_dir) if self.args.resume and os.path.isdir(self.args.output_dir) else None
+        last = last_checkpoint(str(self.args.output_dir)) if self.args.resume else None
+        if last:
+            history = json.loads((Path(last) / "trainer_state.json").read_text())["log_history"]
+            self._seconds_before = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
+        interrupt = InterruptCallback()
+        self.add_callback(interrupt)
+        listening = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, interrupt.ask) if listening else None
         try:
             self.train(resume_from_checkpoint=last)
-        except KeyboardInterrupt:
-            self._save_checkpoint(self.model, trial=None)
-            raise
+        finally:
+            self.remove_callback(interrupt)
+            if listening:
+                signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        if interrupt.asked:
+            raise KeyboardInterrupt
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuse a folder that cannot be written to, before hours of training end there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 16))
+    except OSError as error:
+        raise ValueError(f"output_dir {folder} cannot be written to ({error}); choose another") from error
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint of a run: a kill may have left a newer one without its state, or with half of it."""
+    found = {int(path.name.split("-")[1]): path for path in Path(folder).glob("checkpoint-[0-9]*") if path.is_dir()}
+    for step in sorted(found, reverse=True):
+        try:
+            if json.loads((found[step] / "trainer_state.json").read_text())["global_step"] == step:
+                return str(found[step])
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
 
 
 def world_mean(value: Tensor) -> Tensor:
@@ -233,8 +303,15 @@ def world_mean(value: Tensor) -> Tensor:
     return value
 
 
+def machine() -> str:
+    """The device in words: the GPU's name, or the processor and its threads in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
 def run_record(
-    config: TrainingArguments, started: float, history: Iterable[Mapping[str, Any]] = (), **more: Any
+    config: TrainingArguments, seconds: float, history: Iterable[Mapping[str, Any]] = (), **more: Any
 ) -> dict[str, Any]:
     """What it takes to make a run again: command, configuration, seed, versions, device, wall time, and its log."""
     import numpy
@@ -245,7 +322,7 @@ def run_record(
     for name in config.__dataclass_fields__:
         value = getattr(config, name)
         if (
-            isinstance(value, bool | int | float | str)
+            isinstance(value, bool | int | float | str | list)
             and value != getattr(defaults, name)
             and name not in ("output_dir", "logging_dir", "resume")
         ):
@@ -254,10 +331,11 @@ def run_record(
         "command": shlex.join(["umm-kit", *sys.argv[1:]]) if "umm-kit" in sys.argv[0] else type(config).__name__,
         "config": changed,
         "seed": config.seed,
+        "processes": config.world_size,
         "versions": {"umm_kit": umm_kit.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
                      "numpy": numpy.__version__, "python": platform.python_version()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "wall_seconds": round(time.time() - started, 1),
+        "device": machine(),
+        "wall_seconds": seconds,
         "log": list(history),
         **more,
     }  # fmt: skip

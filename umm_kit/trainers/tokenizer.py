@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,9 @@ class TokenizerConfig(UMMArguments):
 
     output_dir: str | None = "runs/tokenizer"
     data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
-    levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5], metadata={"help": "FSQ levels; the codebook has their product."})
+    levels: list[int] = field(
+        default_factory=lambda: [8, 5, 5, 5], metadata={"help": "FSQ levels; the codebook has their product."}
+    )
     channels: int = 96
     depth: int = 3
     max_steps: int = 4500
@@ -65,7 +66,6 @@ def train(config: TokenizerConfig) -> ImageTokenizer:
     """Train an image tokenizer and save it, with its run record, to ``config.output_dir``."""
     from umm_kit.data import open_data
 
-    started = time.time()
     set_seed(config.seed)
     data = TextureMix(config.seed) if config.data == "shapes" else open_data(config.data, "train", seed=config.seed)
     length = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -87,6 +87,7 @@ def train(config: TokenizerConfig) -> ImageTokenizer:
             "n": len(images),
         }
         write_json(
-            Path(str(config.output_dir)) / "run.json", run_record(config, started, trainer.state.log_history, scores=scores)
+            Path(str(config.output_dir)) / "run.json",
+            run_record(config, trainer.seconds(), trainer.state.log_history, scores=scores),
         )
     return model

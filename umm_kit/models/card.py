@@ -1,0 +1,58 @@
+"""The card of a shipped model: README.md beside the weights, written from its run record and its scores, never by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+CURVES = ("understanding_loss", "generation_loss", "eval_understanding_loss", "eval_generation_loss")
+
+
+def learning_curves(log: list[dict[str, Any]]) -> Figure:
+    """Training and validation loss of both flows against the step, from the log of a run."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    for axis, flow in zip(figure.subplots(1, 2), ("understanding", "generation"), strict=True):
+        for name, style in ((f"{flow}_loss", "-"), (f"eval_{flow}_loss", "o--")):
+            points = [(entry["step"], entry[name]) for entry in log if name in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, markersize=3, label="validation" if style == "o--" else "training")
+        axis.set(xlabel="step", ylabel="nats per supervised token", title=flow)
+        axis.legend(frameon=False)
+    return figure
+
+
+def write_card(folder: str | Path) -> Path:
+    """Write README.md and curves.png for a model folder that holds run.json, and scores*.json if it was evaluated.
+
+    Raises:
+        ValueError: no run.json in the folder.
+    """
+    folder = Path(folder)
+    if not (folder / "run.json").exists():
+        raise ValueError(f"{folder} has no run.json; only models that umm-kit train wrote can have a card")
+    run = json.loads((folder / "run.json").read_text())
+    learning_curves(run["log"]).savefig(folder / "curves.png", dpi=110)
+    minutes = run["wall_seconds"] / 60
+    lines = [
+        f"# {folder.name}",
+        "",
+        f"Made by `{run['command']}` (seed {run['seed']}) in {minutes:.0f} minutes on {run['device']}; "
+        + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        + f". {run['parameters']:,} trainable parameters. Licence Apache-2.0.",
+        "",
+        "Settings that differ from the defaults: " + (", ".join(f"{k} = {v}" for k, v in run["config"].items()) or "none") + ".",
+        "",
+        "![learning curves](curves.png)",
+    ]
+    for path in sorted(folder.glob("scores*.json")):
+        scores = json.loads(path.read_text())
+        lines += ["", f"Scores, by `{scores['record']['command']}`:", ""]
+        lines += ["| metric | value | 95 % interval | n |", "|---|---|---|---|"]
+        for row in scores["metrics"]:
+            interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+            lines.append(f"| {row['metric']} | {row['value']:.3f} | {interval} | {row['n']} |")
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    return folder / "README.md"
