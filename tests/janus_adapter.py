@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 from transformers.models.janus.modeling_janus import JanusForConditionalGeneration
 
-from umm_kit.models.base import MASK_RATIO, FlowOutput, as_layers, check_batch, check_images, draw_mask, token_losses
+from umm_kit.models.base import MASK_RATIO, FlowOutput, as_layers, check_batch, check_images, choose_mask, token_losses
 
 IGNORE = -100
 
@@ -111,11 +111,12 @@ class JanusAdapter(nn.Module):
         mask_layout: str = "dispersed",
         generator: torch.Generator | None = None,
         layers: Sequence[int] | None = None,
+        mask: Tensor | None = None,
     ) -> FlowOutput:
         """Caption and partly hidden codes in, hidden codes as target: DIVA's inpainting under next-token prediction."""
         check_batch(batch)
         codes = self.codes(batch["images"])
-        mask = draw_mask(len(codes), self.grid, mask_ratio, mask_layout, generator).to(codes.device)
+        mask = choose_mask(mask, len(codes), self.grid, mask_ratio, mask_layout, generator).to(codes.device)
         opening = self._captions(batch["texts"], "<bos>", "<generate>")
         # Padding stands on the left, so that every row's image begins at the same place, right after its <bos>.
         width = max(map(len, opening)) + 1

@@ -35,7 +35,7 @@ def features(model, data):
 
 
 def assert_same(a, b, exact=True):
-    assert a.ids == b.ids and a.states.keys() == b.states.keys() and a.grid == b.grid
+    assert a.ids == b.ids and a.states.keys() == b.states.keys() and a.grids == b.grids
     same = torch.equal if exact else lambda x, y: torch.allclose(x, y, atol=1e-5)
     for left, right in ((a.states, b.states), (a.losses, b.losses), (a.factors, b.factors)):
         assert left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             argv[1:1] = config_options(commands[name], path)
         args = parser.parse_args(argv, argparse.Namespace(argv=argv))
         return args.run(args)
-    except (ValueError, FileNotFoundError, NotADirectoryError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         if "--traceback" in argv:
             raise
         print(f"umm-kit {name}: {error}", file=sys.stderr)

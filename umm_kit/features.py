@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from umm_kit.models.base import MASK_RATIO, collate
+from umm_kit.models.base import MASK_RATIO, collate, draw_mask
 
 FLOWS = ("understanding", "generation")
 
@@ -27,7 +27,7 @@ class Features:
     ids: list[str]
     states: dict[tuple[str, int], Tensor]
     losses: dict[str, Tensor]  # flow -> [n], mean loss of each example (nats per supervised token)
-    grid: tuple[int, int]
+    grids: dict[str, tuple[int, int]]  # flow -> (rows, columns) of its image tokens; they may differ
     masks: Tensor | None = None  # [n, N], where generation was hidden
     factors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -48,7 +48,7 @@ class Features:
             list(ids),
             {k: v[rows] for k, v in self.states.items()},
             {k: v[rows] for k, v in self.losses.items()},
-            self.grid,
+            self.grids,
             None if self.masks is None else self.masks[rows],
             {k: v[rows] for k, v in self.factors.items()},
         )
@@ -60,6 +60,12 @@ def batches(data: Any, batch_size: int, indices: Sequence[int] | None = None) ->
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
         yield collate(data.__getitems__(part) if hasattr(data, "__getitems__") else [data[i] for i in part])
+
+
+def _masks(ids: Sequence[str], grid: tuple[int, int], ratio: float | tuple[float, float], layout: str, seed: int) -> Tensor:
+    """The mask of each example, drawn by its id and the seed alone: whatever it is batched with."""
+    draws = [torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())) for name in ids]
+    return torch.cat([draw_mask(1, grid, ratio, layout, generator) for generator in draws])
 
 
 @torch.no_grad()
@@ -98,16 +104,15 @@ def _flow_batches(
                 if found != list(batch["ids"]):
                     raise ValueError(f"{_shard(folder, number)} holds other examples than this data set; choose another folder")
                 continue
-            out = Features(list(batch["ids"]), {}, {}, (0, 0), factors=dict(batch.get("factors", {})))
+            out = Features(list(batch["ids"]), {}, {}, {}, factors=dict(batch.get("factors", {})))
             for flow in flows:
                 if flow == "understanding":
                     result = model.understanding_flow(batch, layers=layers)
                 else:
-                    # One generator per batch: the masks do not depend on which flows or layers were asked for.
-                    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                    result = model.generation_flow(batch, mask_ratio, mask_layout, generator, layers=layers)
+                    mask = _masks(batch["ids"], model.grid, mask_ratio, mask_layout, seed)
+                    result = model.generation_flow(batch, layers=layers, mask=mask)
                     out.masks = None if result.mask is None else result.mask.cpu()
-                out.grid, out.losses[flow] = result.grid, result.per_example_loss.float().cpu()
+                out.grids[flow], out.losses[flow] = result.grid, result.per_example_loss.float().cpu()
                 for layer, states in result.hidden_states.items():
                     out.states[flow, layer] = (states.float().mean(1) if pooled else states).cpu()
             if folder is not None:
@@ -135,7 +140,7 @@ def _write(part: Features, name: Path) -> None:
     tensors |= {f"loss.{k}": v for k, v in part.losses.items()} | {f"factor.{k}": v.contiguous() for k, v in part.factors.items()}
     tensors |= {} if part.masks is None else {"masks": part.masks}
     partial = name.with_suffix(".partial")
-    save_file(tensors, partial, {"ids": json.dumps(part.ids), "grid": json.dumps(part.grid)})
+    save_file(tensors, partial, {"ids": json.dumps(part.ids), "grids": json.dumps(part.grids)})
     partial.replace(name)
 
 
@@ -145,7 +150,7 @@ def _join(parts: Sequence[Features]) -> Features:
         [name for part in parts for name in part.ids],
         {k: torch.cat([part.states[k] for part in parts]) for k in first.states},
         {k: torch.cat([part.losses[k] for part in parts]) for k in first.losses},
-        first.grid,
+        first.grids,
         None if first.masks is None else torch.cat([part.masks for part in parts if part.masks is not None]),
         {k: torch.cat([part.factors[k] for part in parts]) for k in first.factors},
     )
@@ -210,6 +215,6 @@ def read(folder: str | Path) -> Features:
         tensors = load_file(name)
         states = {(k.split(".")[1], int(k.split(".")[2])): v for k, v in tensors.items() if k.startswith("state.")}
         pick = lambda kind, tensors=tensors: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}  # noqa: E731
-        ids, grid = json.loads(about["ids"]), json.loads(about["grid"])
-        parts.append(Features(ids, states, pick("loss."), tuple(grid), tensors.get("masks"), pick("factor.")))
+        ids, grids = json.loads(about["ids"]), {k: tuple(v) for k, v in json.loads(about["grids"]).items()}
+        parts.append(Features(ids, states, pick("loss."), grids, tensors.get("masks"), pick("factor.")))
     return _join(parts)

@@ -68,10 +68,14 @@ class Decoding:
 
 @runtime_checkable
 class UnifiedModel(Protocol):
-    """Structural contract; ``umm-kit check MODEL`` reports which tier a model meets.
+    """Structural contract over any ``nn.Module``; ``umm-kit check MODEL`` reports which tier a model meets.
 
     *Diagnosable*: both flows and ``layer_parameters``. *Drivable*: ``understand`` and ``generate``.
     *Preference-trainable*: ``image_log_prob``. What a family cannot do raises NotImplementedError with the reason.
+
+    ``embedding`` is that of text; ``grid`` that of the generation flow (each FlowOutput names its own); ``layer_parameters``
+    holds the blocks both flows share, without towers, aligners or heads. A family without a mask token documents what stands
+    in for a hidden token. ``generation_flow`` draws its mask unless it is given one ([B, N] bool, True = hidden).
     """
 
     embedding: nn.Module
@@ -88,6 +92,7 @@ class UnifiedModel(Protocol):
         mask_layout: str = "dispersed",
         generator: torch.Generator | None = None,
         layers: Sequence[int] | None = None,
+        mask: Tensor | None = None,
     ) -> FlowOutput: ...
 
     def layer_parameters(self) -> OrderedDict[str, list[nn.Parameter]]: ...
@@ -208,6 +213,24 @@ def draw_mask(
         top, left = int(u[i, 1] * (rows - height + 1)), int(u[i, 2] * (columns - width + 1))
         mask[i, top : top + height, left : left + width] = True
     return mask.flatten(1)
+
+
+def choose_mask(
+    mask: Tensor | None,
+    n: int,
+    grid: tuple[int, int],
+    ratio: float | tuple[float, float],
+    layout: str,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The mask a generation flow uses: the given one, checked, or a drawn one."""
+    if mask is None:
+        return draw_mask(n, grid, ratio, layout, generator)
+    if tuple(mask.shape) != (n, grid[0] * grid[1]) or mask.dtype != torch.bool:
+        raise ValueError(f"the mask is {tuple(mask.shape)} of {mask.dtype}; expected a bool tensor {(n, grid[0] * grid[1])}")
+    if not bool(mask.any(1).all()):
+        raise ValueError("the mask hides nothing in some examples; expected at least one hidden token in each")
+    return mask
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from umm_kit.models.base import MASK_RATIO, Decoding, FlowOutput, as_layers, check_batch, check_images, draw_mask, token_losses
+from umm_kit.models.base import (
+    MASK_RATIO,
+    Decoding,
+    FlowOutput,
+    as_layers,
+    check_batch,
+    check_images,
+    choose_mask,
+    draw_mask,
+    token_losses,
+)
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig
 
 DESCRIBE = "describe"  # opens the segment in which a caption is asked for
@@ -308,11 +318,12 @@ class MaskedUMM(PreTrainedModel):
         mask_layout: str = "dispersed",
         generator: torch.Generator | None = None,
         layers: Sequence[int] | None = None,
+        mask: Tensor | None = None,
     ) -> FlowOutput:
         """Caption and partly hidden image in, hidden codes as target: masked-token loss (DIVA Sec. 3.1)."""
         check_batch(batch)
         codes = self._codes(batch)
-        mask = draw_mask(len(codes), self.grid, mask_ratio, mask_layout, generator).to(self.device)
+        mask = choose_mask(mask, len(codes), self.grid, mask_ratio, mask_layout, generator).to(self.device)
         hidden, states = self._generation(
             codes, mask, self.pack_captions(batch["texts"]).to(self.device), as_layers(layers, self.num_layers)
         )

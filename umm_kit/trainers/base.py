@@ -254,7 +254,9 @@ class UMMTrainer(Trainer):
 
     def fit(self) -> None:
         """Train, from the last whole checkpoint when ``args.resume``; an interrupt saves one before it ends."""
-        last = last_checkpoint(str(self.args.output_dir)) if self.args.resume else None
+        last = last_checkpoint(str(self.args.output_dir))
+        if last and not self.args.resume:
+            raise ValueError(f"{last} is of an earlier run; go on with --resume True, or choose another --output_dir")
         if last:
             history = json.loads((Path(last) / "trainer_state.json").read_text())["log_history"]
             self._seconds_before = max((entry.get("seconds", 0.0) for entry in history), default=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ class TextureMix(torch.utils.data.Dataset):
         return 2**40
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        turn = self.turns[numbers[0] // max(len(numbers), 1) % len(self.turns)]
-        return turn.__getitems__(numbers)
+        """Scenes k, by turns of 64 that do not depend on how a batch is cut."""
+        turn = lambda k: k // 64 % len(self.turns)  # noqa: E731
+        return [item for t, run in groupby(numbers, turn) for item in self.turns[t].__getitems__(list(run))]
 
 
 def images_only(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
