@@ -144,7 +144,7 @@ plots.image_grid(batch["images"], titles=[question for question, _ in asked], no
 # %% [markdown]
 # ## 4. Does it draw what it is told?
 #
-# All 64 tokens start hidden. In each of twelve rounds the model predicts every hidden token, keeps those it is surest of and
+# All 64 tokens start hidden. In each of sixteen rounds the model predicts every hidden token, keeps those it is surest of and
 # hides the rest again (MaskGIT, Chang et al. 2022). The prompts go from easy to hard along the categories of GenEval (Ghosh et
 # al. 2023).
 #

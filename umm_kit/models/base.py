@@ -53,11 +53,11 @@ class Decoding:
 
     max_new_tokens: int = 64
     text_temperature: float = 0.0
-    steps: int = 12
-    temperature: float = 1.0
+    steps: int = 16
+    temperature: float = 0.8
     #: Gumbel noise on the confidence that decides which tokens are kept, annealed to 0 (MaskGIT).
-    choice_temperature: float = 2.0
-    guidance: float = 2.0  # classifier-free guidance: logits = uncond + guidance * (cond - uncond); 1 switches it off
+    choice_temperature: float = 4.0
+    guidance: float = 3.0  # classifier-free guidance: logits = uncond + guidance * (cond - uncond); 1 switches it off
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.steps < 1:
