@@ -108,7 +108,7 @@ def test_losses_equal_a_naive_count(model, batch):
         for t, label in enumerate(out.labels[i].tolist()):
             if label != IGNORE:
                 total, n = total - logp[t, label].item(), n + 1
-    assert float(out.loss) == pytest.approx(total / n, rel=1e-5)
+    assert out.loss.item() == pytest.approx(total / n, rel=1e-5)
     generation = model.generation_flow(batch, 0.5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(generation.labels != IGNORE, generation.mask)
     assert generation.per_example_loss.mean().item() == pytest.approx(generation.loss.item(), rel=1e-5)  # equal counts here

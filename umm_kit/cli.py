@@ -210,7 +210,8 @@ def audit(args: argparse.Namespace) -> int:
     data = uk.Shapes(args.split, n=args.n, seed=args.seed, image_size=model.image_size, nuisance=nuisance)
     result = audit_pictures(model.image_tokenizer, data, args.seed)
     columns = ["exact", "unclear", "silent", "false_accept", "n", "n_edits"]
-    print(pd.DataFrame(result["oracle"]).T[columns].to_string(float_format="%.4f"))
+    frame = pd.DataFrame(result["oracle"]).T[columns].astype({"n": int, "n_edits": int})
+    print(frame.to_string(float_format="%.4f"))
     print("\nR^2 of each nuisance factor read off the pictures:")
     print(pd.DataFrame(result["nuisance_r2"]).T.to_string(float_format="%.3f"))
     use = result["codebook"]

@@ -25,7 +25,7 @@ PAD_TO = 16
 
 @dataclass
 class PretrainConfig(UMMArguments):
-    """Configuration of :func:`train`; defaults make the shipped ``tiny-masked``."""
+    """Configuration of :func:`train`; what a shipped model changed, its card says."""
 
     output_dir: str | None = "runs/masked"
     model: str = field(default="", metadata={"help": "Go on from this model (fine-tuning); empty starts a new one."})
