@@ -30,6 +30,14 @@ def test_card(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_says_how_the_tokenizer_was_made(tmp_path):
+    made = {"command": "umm-kit train tokenizer", "wall_seconds": 60.0, "scores": {"psnr_db": 30.74}}
+    (tmp_path / "run.json").write_text(json.dumps({**RUN, "config": {}, "parameters": 1, "log": LOG, "image_tokenizer": made}))
+    text = write_card(tmp_path).read_text()
+    assert "by `umm-kit train tokenizer` in 1 minutes: psnr_db 30.74." in text
+    assert text.index("train masked") < text.index("train tokenizer")
+
+
 def test_refuses_a_folder_without_a_run(tmp_path):
     with pytest.raises(ValueError, match=r"no run\.json"):
         write_card(tmp_path)

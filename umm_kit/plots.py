@@ -226,7 +226,7 @@ def scores(frame: Any, chance: Mapping[str, float] | None = None, width: float =
     if known:
         x, y = zip(*known, strict=True)
         ax.plot(x, y, "|", color="C1", markersize=11, markeredgewidth=2, label="chance")
-    ax.set(xlim=(-0.02, 1.02), yticks=at, ylim=(-0.6, len(names) - 0.4))
+    ax.set(xlabel="score (higher is better)", xlim=(-0.02, 1.02), yticks=at, ylim=(-0.6, len(names) - 0.4))
     counts = list(frame["n"])[::-1]
     ax.set_yticklabels([f"{name.replace('_', ' ')} (n={n})" for name, n in zip(names, counts, strict=True)])
     figure.legend(loc="outside upper right", ncols=2)

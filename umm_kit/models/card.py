@@ -47,6 +47,11 @@ def write_card(folder: str | Path) -> Path:
         "",
         "![learning curves](curves.png)",
     ]
+    if "image_tokenizer" in run:
+        made = run["image_tokenizer"]
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in made["scores"].items())
+        minutes = made["wall_seconds"] / 60
+        lines[4:4] = [f"Its image tokenizer was made first, by `{made['command']}` in {minutes:.0f} minutes: {scores}.", ""]
     for path in sorted(folder.glob("scores*.json")):
         scores = json.loads(path.read_text())
         lines += ["", f"Scores, by `{scores['record']['command']}`:", ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,5 +201,8 @@ def train(config: PretrainConfig) -> MaskedUMM:
         record = run_record(
             config, trainer.seconds(), trainer.state.log_history, parameters=model.num_parameters(only_trainable=True)
         )
+        made = Path(config.image_tokenizer) / "run.json"
+        if not config.model and made.exists():  # a new model rests on a tokenizer: how that was made belongs to its record
+            record["image_tokenizer"] = {k: v for k, v in json.loads(made.read_text()).items() if k != "log"}
         write_json(Path(str(config.output_dir)) / "run.json", record)
     return model
