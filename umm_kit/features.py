@@ -94,9 +94,7 @@ def _flow_batches(
         for number, batch in enumerate(stream):
             repeated = seen & set(batch["ids"])
             if repeated:
-                raise ValueError(
-                    f"ids repeat in the data set: {sorted(repeated)[:3]}; features are kept by id, so each must be unique"
-                )
+                raise ValueError(f"ids repeat in the data set: {sorted(repeated)[:3]}; features are kept by id: make them unique")
             seen |= set(batch["ids"])
             if folder is not None and _shard(folder, number).exists():
                 with safe_open(_shard(folder, number), "pt") as shard:

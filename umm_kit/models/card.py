@@ -8,8 +8,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-CURVES = ("understanding_loss", "generation_loss", "eval_understanding_loss", "eval_generation_loss")
-
 
 def learning_curves(log: list[dict[str, Any]]) -> Figure:
     """Training and validation loss of both flows against the step, from the log of a run."""

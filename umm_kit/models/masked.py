@@ -33,7 +33,7 @@ from umm_kit.models.base import (
     draw_mask,
     token_losses,
 )
-from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig
+from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, train_text_tokenizer
 
 DESCRIBE = "describe"  # opens the segment in which a caption is asked for
 IGNORE = -100
@@ -511,8 +511,6 @@ class MaskedUMM(PreTrainedModel):
     @classmethod
     def tiny(cls, corpus: Sequence[str], **sizes: Any) -> MaskedUMM:
         """An untrained model of a few thousand parameters, for tests and examples."""
-        from umm_kit.models.tokenizers import train_text_tokenizer
-
         words = train_text_tokenizer([*corpus, DESCRIBE])
         small = dict(hidden_size=32, num_layers=3, num_heads=2, mlp_ratio=2)
         tokenizer = ImageTokenizerConfig(channels=16, depth=1, levels=(4, 4, 4)).to_dict()

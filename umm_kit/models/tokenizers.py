@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -90,9 +91,7 @@ class ImageTokenizer(PreTrainedModel):
             raise ValueError(f"image_size {config.image_size} is not a multiple of patch_size {p}")
         self.grid = (config.image_size // p, config.image_size // p)
         self.levels = tuple(config.levels)
-        self.codebook_size = 1
-        for level in self.levels:
-            self.codebook_size *= level
+        self.codebook_size = math.prod(self.levels)
         k = len(self.levels)
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(p),
@@ -108,12 +107,9 @@ class ImageTokenizer(PreTrainedModel):
         )
         self.post_init()
 
-    def _levels(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.levels, device=device)
-
     def _quantize(self, images: Tensor) -> tuple[Tensor, Tensor]:
         z = self.encoder(images * 2 - 1).permute(0, 2, 3, 1)
-        return fsq(z, self._levels(z.device))
+        return fsq(z, torch.tensor(self.levels, device=z.device))
 
     def encode(self, images: Tensor) -> Tensor:
         """Codes [B, N] in raster order; code = sum of digits in mixed radix, the first level fastest.
@@ -134,7 +130,7 @@ class ImageTokenizer(PreTrainedModel):
         for level in self.levels:
             digits.append(rest % level)
             rest = rest // level
-        return torch.stack(digits, -1) / (self._levels(codes.device) - 1) * 2 - 1
+        return torch.stack(digits, -1) / (torch.tensor(self.levels, device=codes.device) - 1) * 2 - 1
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] of codes [B, N]."""
