@@ -10,6 +10,11 @@ for name in ("UMM_KIT_STRICT", "UMM_KIT_CLAIMS"):
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A property is a matter of truth, not of how busy the machine is.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from umm_kit.data.imagetext import DIGITS, Digits
+from umm_kit.data.digits import DIGITS, Digits
 from umm_kit.data.language import CATEGORIES, NEGATIVES, NUMBERS, caption, main_relation, parse
 from umm_kit.data.oracle import Oracle
 from umm_kit.data.shapes import CELLS, SceneObject, Shapes

@@ -1,13 +1,15 @@
 """The first family against the contract: what sees what, what the losses are, what decoding keeps."""
 
+import copy
 import math
 
 import pytest
 import torch
+from torch import nn
 
 from umm_kit.data.shapes import Shapes
 from umm_kit.models.base import Decoding, check_model, collate, draw_mask
-from umm_kit.models.masked import DESCRIBE, IGNORE, MaskedUMM
+from umm_kit.models.masked import DESCRIBE, IGNORE, CodeTable, MaskedUMM, summed_loss
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +190,11 @@ def test_guidance_one_is_the_conditional_model(model):
 
 def test_image_log_prob_of_a_uniform_model(model, batch):
     """With all logits equal each code has probability 1/V: the surrogate is N log(1/V) for any masks."""
-    weight = model.image_head.weight.detach().clone()
+    flat = copy.deepcopy(model)
+    for parameter in flat.image_head.parameters():
+        nn.init.zeros_(parameter)
     with torch.no_grad():
-        model.image_head.weight.zero_()
-        value = model.image_log_prob(batch["texts"], batch["images"], draws=3)
-        model.image_head.weight.copy_(weight)
+        value = flat.image_log_prob(batch["texts"], batch["images"], draws=3)
     assert torch.allclose(value, torch.full((4,), -64 * math.log(model.codebook_size)), rtol=1e-5)
 
 
@@ -273,3 +275,32 @@ def test_mask_draws():
             draw_mask(1, (8, 8), wrong)
     with pytest.raises(ValueError, match="layout"):
         draw_mask(1, (8, 8), 0.5, "striped")
+
+
+def test_a_code_is_the_sum_of_its_digits_and_itself():
+    table = CodeTable((4, 3), 2)
+    with torch.no_grad():
+        table.of_digit.weight.copy_(torch.arange(14).reshape(7, 2))
+        table.of_code.weight.zero_()
+        table.of_code.weight[6] = 100.0
+    # Code 6 = 2 + 4 * 1: digit vectors 2 and 4 + 1, that is [4, 5] and [10, 11].
+    assert table.weight[6].tolist() == [114.0, 116.0]
+    assert table(torch.tensor([1.0, 0.0]))[6] == 114.0
+
+
+def test_branches_and_tables_start_small(model):
+    """transformers initializes children before parents and draws nothing twice: a rescaling in the parent is lost."""
+    d = model.hidden_size
+    for layer, inputs in ((model.blocks[0].attention.out, d), (model.blocks[-1].mlp[-1], 2 * d)):
+        expected = inputs**-0.5 * (2 * model.num_layers) ** -0.5
+        assert 0.9 * expected < layer.weight.std() < 1.1 * expected
+    assert not model.image_head.of_code.weight.any() and model.image_head.weight.std() > 0
+
+
+def test_summed_loss_is_cross_entropy_of_the_labelled_rows():
+    torch.manual_seed(0)
+    head, hidden, labels = nn.Linear(4, 7), torch.randn(3, 5, 4), torch.randint(7, (3, 5))
+    labels[torch.rand(3, 5) < 0.5] = IGNORE
+    naive = sum(-head(h).log_softmax(-1)[y] for h, y in zip(hidden.flatten(0, 1), labels.flatten(), strict=True) if y != IGNORE)
+    assert torch.allclose(summed_loss(head, hidden, labels, multiple=8), naive)
+    assert summed_loss(head, hidden, torch.full_like(labels, IGNORE)) == 0

@@ -458,5 +458,3 @@ def test_corruptions():
     for message, call in {"corruption is 'rain'": ("rain", 1), "at most 1": ("missing", 2), "at least 0": ("blur", -1)}.items():
         with pytest.raises(ValueError, match=message):
             corrupt(images, *call)
-
-

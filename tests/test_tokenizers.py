@@ -15,6 +15,7 @@ from umm_kit.models.tokenizers import (
     SPECIAL_TOKENS,
     ImageTokenizer,
     ImageTokenizerConfig,
+    code_digits,
     codebook_use,
     fsq,
     train_text_tokenizer,
@@ -70,6 +71,21 @@ def test_fsq_gradient_passes_straight_through():
 
 
 # --- codes there and back ----------------------------------------------------------------------------------------------
+
+
+def test_a_code_sees_its_own_patch_and_no_other(tokenizer, images):
+    """Hidden patches must not leak into the codes of visible ones: one patch painted over, one code changed."""
+    base = tokenizer.encode(images)
+    for row, column in ((0, 0), (3, 5), (7, 7)):
+        painted = images.clone()
+        painted[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = torch.rand(4, 3, 4, 4)
+        moved = (tokenizer.encode(painted) != base).nonzero()[:, 1].unique().tolist()
+        assert moved == [8 * row + column]
+
+
+def test_digits_by_hand():
+    """With levels 4, 3, 5: 59 = 3 + 4 * (2 + 3 * 4)."""
+    assert code_digits(torch.tensor([[0, 59, 13]]), (4, 3, 5)).tolist() == [[[0, 0, 0], [3, 2, 4], [1, 0, 1]]]
 
 
 def test_codes_are_mixed_radix_numbers(tokenizer):

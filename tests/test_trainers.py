@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,15 @@ def test_muon_adamw_is_both_applied_apart():
     assert not torch.equal(m1[0], parameters()[0][0]) and not torch.equal(o1[0], parameters()[1][0])
 
 
+def test_muon_takes_a_kernel_as_a_matrix():
+    """A kernel [out, in, h, w] moves exactly as the matrix [out, in h w] with the same gradients."""
+    start = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    kernel, matrix = nn.Parameter(start.clone()), nn.Parameter(start.flatten(1).clone())
+    for p in (kernel, matrix):
+        descend(MuonAdamW([p], [nn.Parameter(torch.zeros(1))], 1e-2, 0.1, (0.9, 0.95)), [p], 3)
+    assert not torch.equal(kernel, start) and torch.equal(kernel.flatten(1), matrix)
+
+
 def test_schedules_reach_both_parts():
     matrices, others = parameters()
     optimizer = MuonAdamW(matrices, others, 1.0, 0.0, (0.9, 0.95))
@@ -295,10 +305,10 @@ def test_optimizer_state_round_trip(tmp_path):
 def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else(small_model, tmp_path):
     trainer = PretrainTrainer(small_model, PretrainConfig.tiny(output_dir=str(tmp_path)), Shapes("train", n=64))
     optimizer = trainer.create_optimizer()
-    muon = {id(p) for group in optimizer.parts[1].param_groups for p in group["params"]}
+    muon = {id(p) for p, _ in optimizer.views}
     names = {name for name, p in small_model.named_parameters() if id(p) in muon}
     assert names == {f"blocks.{i}.{w}.weight" for i in range(3) for w in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")}
-    held = {id(p) for part in optimizer.parts for group in part.param_groups for p in group["params"]}
+    held = muon | {id(p) for group in optimizer.parts[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in small_model.parameters() if p.requires_grad}  # the image tokenizer stays frozen
 
 
@@ -392,7 +402,7 @@ def test_weights_of_the_two_losses(small_model, tmp_path):
         small_model.zero_grad()
         trainer.compute_loss(small_model, inputs).backward()
         gradients.append(small_model.text_head.weight.grad.clone())
-        assert small_model.image_head.weight.grad is None
+        assert small_model.image_head.of_code.weight.grad is None
     small_model.zero_grad()
     small_model.eval()
     assert torch.allclose(2 * gradients[0], gradients[1], rtol=1e-5) and gradients[0].abs().max() > 0
@@ -558,6 +568,7 @@ def test_a_full_disk_says_so_and_how_to_go_on(whole, tokenizer_folder, tmp_path)
         ({"caption_dropout": -0.1}, "caption_dropout"),
         ({"understanding_weight": 0.0, "generation_weight": 0.0}, "nor both zero"),
         ({"generation_weight": -1.0}, "negative"),
+        ({"understanding_every": 3}, "not a multiple of understanding_every 3"),
     ],
 )
 def test_bad_configurations_are_refused(tmp_path, wrong, message):
@@ -570,6 +581,36 @@ def test_a_missing_tokenizer_is_named_with_the_way_to_make_it(tmp_path):
         train(PretrainConfig.tiny(output_dir=str(tmp_path), image_tokenizer=str(tmp_path / "none")))
 
 
+def test_one_command_trains_the_image_tokenizer_too(tmp_path, monkeypatch):
+    """Without a named tokenizer one is trained first; a second start takes it up as it is."""
+    from umm_kit.trainers import pretrain
+
+    few = dict(max_steps=2, channels=16, depth=1, levels=[4, 4], per_device_train_batch_size=4, bf16=False, disable_tqdm=True)
+    monkeypatch.setattr(pretrain, "TokenizerConfig", partial(pretrain.TokenizerConfig, **few))
+    first = train(PretrainConfig.tiny(output_dir=str(tmp_path), disable_tqdm=True))
+    assert first.codebook_size == 16
+    made = json.loads((tmp_path / "run.json").read_text())["image_tokenizer"]
+    assert made["config"]["levels"] == [4, 4] and "psnr_db" in made["scores"]
+    stamp = (tmp_path / "image_tokenizer/model.safetensors").stat().st_mtime_ns
+    again = train(PretrainConfig.tiny(output_dir=str(tmp_path), resume=True, max_steps=9, disable_tqdm=True))
+    assert (tmp_path / "image_tokenizer/model.safetensors").stat().st_mtime_ns == stamp
+    assert torch.equal(again.image_tokenizer.encoder[1].weight, first.image_tokenizer.encoder[1].weight)
+
+
+def test_every_second_image_is_read_whatever_the_batch(small_model):
+    """Which images go through understanding is a matter of their number in the stream, not of their batch."""
+    data, config = Shapes("train", n=64), PretrainConfig.tiny(understanding_every=2)
+    stream, collate_ = Stream(data, 32, 0, 8 + 64), Collator(small_model, data, config)
+    whole = collate_(stream.__getitems__(range(8)))
+    assert whole["shown"].tolist() == [0, 2, 4, 6] and len(whole["understanding"]["ids"]) == 4
+    halves = [collate_(stream.__getitems__(range(k, k + 4))) for k in (0, 4)]
+    assert [h["shown"].tolist() for h in halves] == [[0, 2], [0, 2]]
+    codes = small_model.image_tokenizer.encode(whole["images"])
+    losses = small_model(codes, whole["understanding"], whole["captions"], whole["mask"], whole["shown"])
+    alone = small_model(codes[::2], whole["understanding"], whole["captions"][::2], whole["mask"][::2])
+    assert torch.allclose(losses["understanding_loss"], alone["understanding_loss"])
+
+
 def test_records_are_whole_or_absent(tmp_path):
     write_json(tmp_path / "new" / "a.json", {"x": 1})
     with pytest.raises(TypeError):
@@ -578,7 +619,7 @@ def test_records_are_whole_or_absent(tmp_path):
 
 
 def test_corpus_holds_every_word_of_a_data_set(small_model):
-    from umm_kit.data.imagetext import Digits
+    from umm_kit.data.digits import Digits
 
     words = " ".join(corpus(Digits("train", n=20))).split()
     assert "describe" in words and len(set(words)) > 10

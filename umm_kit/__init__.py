@@ -14,7 +14,7 @@ _NAMES = {
     "Nuisance": "umm_kit.data.shapes",
     "Oracle": "umm_kit.data.oracle",
     "ImageText": "umm_kit.data.imagetext",
-    "Digits": "umm_kit.data.imagetext",
+    "Digits": "umm_kit.data.digits",
     "load": "umm_kit.models",
     "collate": "umm_kit.models.base",
     "draw_mask": "umm_kit.models.base",
@@ -29,7 +29,8 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from umm_kit.data.imagetext import Digits, ImageText
+    from umm_kit.data.digits import Digits
+    from umm_kit.data.imagetext import ImageText
     from umm_kit.data.oracle import Oracle
     from umm_kit.data.shapes import Nuisance, Shapes
     from umm_kit.evaluation import compare, evaluate

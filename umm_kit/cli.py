@@ -63,50 +63,44 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     parser.add_argument("--version", action="version", version=f"umm-kit {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands: dict[str, argparse.ArgumentParser] = {}
+    model = ("model", {"metavar": "MODEL", "help": "a shipped model (see umm-kit info) or a folder"})
+    split = ("--split", {"default": "test", "help": "of the data (default: %(default)s)"})
+    seed = ("--seed", {"type": int, "default": 1, "help": "of data and decoding (default: %(default)s)"})
+    record = ("--output", {"type": Path, "metavar": "FILE.json", "help": "also write all of it, with the record of the run"})
+    folder = ("--notebooks", {"default": "notebooks", "metavar": "FOLDER", "help": "(default: %(default)s)"})
 
-    def command(name: str, run: Callable[..., int], summary: str, **options: Any) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(name, parents=[_common()], help=summary, description=summary, allow_abbrev=False, **options)
+    def command(run: Callable[..., int], *shared: tuple[str, dict[str, Any]]) -> argparse.ArgumentParser:
+        name, summary = run.__name__, str(run.__doc__)
+        sub = subparsers.add_parser(name, parents=[_common()], help=summary, description=summary, allow_abbrev=False)
+        for option, details in shared:
+            sub.add_argument(option, **details)
         sub.set_defaults(run=run)
         commands[name] = sub
         return sub
 
-    sub = subparsers.add_parser("train", help="train a model", description="train a model or a tokenizer")
-    sub.add_argument("what", choices=sorted(TRAINERS), help="options of one: umm-kit train masked --help")
-    commands["train"] = sub
+    commands["train"] = subparsers.add_parser("train", help="train a model", description="train a model or a tokenizer")
+    commands["train"].add_argument("what", choices=sorted(TRAINERS), help="options of one: umm-kit train masked --help")
 
-    sub = command("evaluate", evaluate, "score understanding, generation and inpainting by the oracle")
-    sub.add_argument("model", metavar="MODEL", help="a shipped model (see umm-kit info) or a folder")
+    sub = command(evaluate, model, split, seed, record)
     sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
-    sub.add_argument("--split", default="test", help="of shapes or digits (default: %(default)s)")
     sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--prompts", type=int, default=64, help="drawn per category (default: %(default)s)")
-    sub.add_argument("--seed", type=int, default=1, help="of data and decoding (default: %(default)s)")
-    sub.add_argument("--output", type=Path, metavar="FILE.json", help="also write them, item by item, with the record of the run")
 
-    sub = command("audit", audit, "how far the oracle and the image tokenizer can be trusted")
-    sub.add_argument("model", metavar="MODEL", help="a shipped model or a folder")
-    sub.add_argument("--split", default="test", help="(default: %(default)s)")
+    sub = command(audit, model, split, seed, record)
     sub.add_argument("--texture", choices=("none", "mid", "high"), default="mid", help="(default: %(default)s)")
     sub.add_argument("--n", type=int, default=2000, help="scenes (default: %(default)s)")
-    sub.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    sub.add_argument("--output", type=Path, metavar="FILE.json", help="also write everything there")
 
-    sub = command("check", check, "say what a model meets of the contract, and what is missing")
-    sub.add_argument("model", metavar="MODEL", help="a shipped model or a folder")
+    command(check, model)
+    command(info)
 
-    command("info", info, "versions, device, memory, disk, and the shipped models with their scores")
-
-    sub = command("reproduce", reproduce, "run every notebook and compare what comes out with what is claimed")
+    sub = command(reproduce, folder)
     sub.add_argument("--preset", choices=("tiny", "full"), default="full", help="tiny is for tests (default: %(default)s)")
-    sub.add_argument("--notebooks", default="notebooks", metavar="FOLDER", help="(default: %(default)s)")
     sub.add_argument("--output", default="build", metavar="FOLDER", help="executed notebooks and figures (default: %(default)s)")
 
-    sub = command("notebooks", notebooks, "refresh the committed notebooks from their sources, with outputs")
+    sub = command(notebooks, folder)
     sub.add_argument("names", nargs="*", metavar="NAME", help="such as 00_start_here (default: all)")
-    sub.add_argument("--notebooks", default="notebooks", metavar="FOLDER", help="(default: %(default)s)")
 
-    sub = command("figures", figures, "save the pictures of the committed notebooks as files")
-    sub.add_argument("--notebooks", default="notebooks", metavar="FOLDER", help="(default: %(default)s)")
+    sub = command(figures, folder)
     sub.add_argument("--output", default="figures", metavar="FOLDER", help="(default: %(default)s)")
     return parser, commands
 
@@ -151,7 +145,7 @@ def config_options(parser: argparse.ArgumentParser, path: str | Path) -> list[st
     return out
 
 
-# --- subcommands -------------------------------------------------------------------------------------------------------
+# The docstring of a command is its help text.
 
 
 def train(what: str, options: Sequence[str]) -> int:
@@ -170,13 +164,17 @@ def train(what: str, options: Sequence[str]) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Score a model on a data set and print each metric with its interval, chance level and n."""
+    """score understanding, generation and inpainting by the oracle: each metric with its interval, chance level and n"""
     import umm_kit as uk
+    from umm_kit.data import open_data
 
     if args.n is not None and args.n < 1:
         raise ValueError(f"--n is {args.n}; expected at least 1")
-    model = uk.load(args.model)
-    result = uk.evaluate(model, _data(args, model.image_size), seed=args.seed, n_prompts=args.prompts)
+    if args.data not in ("shapes", "digits") and args.n is not None:
+        raise ValueError("--n does not apply to a folder, which is read as a whole; leave it out")
+    model, n = uk.load(args.model), args.n or (512 if args.data == "shapes" else None)
+    data = open_data(args.data, args.split, n=n, seed=args.seed, image_size=model.image_size)
+    result = uk.evaluate(model, data, seed=args.seed, n_prompts=args.prompts)
     result.record |= {"model": args.model, "command": shlex.join(["umm-kit", *args.argv])}
     print(f"{result!r}\n{result.record['seconds']:.0f} seconds on {result.record['device']}")
     if args.output:
@@ -189,17 +187,8 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _data(args: argparse.Namespace, image_size: int) -> Any:
-    from umm_kit.data import open_data
-
-    if args.data not in ("shapes", "digits") and args.n is not None:
-        raise ValueError("--n does not apply to a folder, which is read as a whole; leave it out")
-    n = args.n or (512 if args.data == "shapes" else None)
-    return open_data(args.data, args.split, n=n, seed=args.seed, image_size=image_size)
-
-
 def audit(args: argparse.Namespace) -> int:
-    """Print how honest the oracle is on clean, damaged and reconstructed pictures, and what the tokenizer keeps."""
+    """say how far the oracle (on clean, damaged and reconstructed pictures) and the image tokenizer can be trusted"""
     import pandas as pd
 
     import umm_kit as uk
@@ -211,19 +200,19 @@ def audit(args: argparse.Namespace) -> int:
     result = audit_pictures(model.image_tokenizer, data, args.seed)
     columns = ["exact", "unclear", "silent", "false_accept", "n", "n_edits"]
     frame = pd.DataFrame(result["oracle"]).T[columns].astype({"n": int, "n_edits": int})
-    print(frame.to_string(float_format="%.4f"))
-    print("\nR^2 of each nuisance factor read off the pictures:")
+    print(frame.to_string(float_format="%.4f"), "\n\nR^2 of each nuisance factor read off the pictures:", sep="")
     print(pd.DataFrame(result["nuisance_r2"]).T.to_string(float_format="%.3f"))
     use = result["codebook"]
     print(f"\n{use['used']} of {use['size']} codes used, perplexity {use['perplexity']:.0f}; PSNR {result['psnr_db']:.1f} dB")
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({"command": shlex.join(["umm-kit", *args.argv]), **result}, indent=1) + "\n")
         print(f"written to {args.output}")
     return 0
 
 
 def check(args: argparse.Namespace) -> int:
-    """Print the contract's report; 1 if the model is not even diagnosable."""
+    """say what a model meets of the contract, and what is missing; fails if it is not even diagnosable"""
     import umm_kit as uk
 
     data = uk.Shapes("test", n=2, seed=0)
@@ -233,22 +222,22 @@ def check(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
-    """Print what is installed, where it would run, and what is shipped."""
+    """show versions, device, memory, disk, and the shipped models with their scores"""
     import platform
     import shutil
+    from importlib.metadata import version
 
     import psutil
 
     from umm_kit.models.base import resolve_device
 
-    versions = _versions()
-    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn")}
+    print(f"umm_kit {__version__}, python {platform.python_version()}, " + ", ".join(map(" ".join, versions.items())))
     print(f"{platform.platform()}, {psutil.cpu_count(logical=False) or psutil.cpu_count()} cores, device {resolve_device()}")
     memory = psutil.virtual_memory()
     disk = shutil.disk_usage(Path.cwd())
     print(f"memory {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free, disk {disk.free / 1e9:.1f} GB free\n")
-    folder = Path(__file__).parent / "checkpoints"
-    shipped = sorted(path.parent for path in folder.glob("*/config.json"))
+    shipped = sorted(path.parent for path in (Path(__file__).parent / "checkpoints").glob("*/config.json"))
     print(f"shipped models ({len(shipped)}):" + ("" if shipped else " none in this installation"))
     for path in shipped:
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -266,28 +255,22 @@ def _headline(path: Path) -> str:
     return ", ".join(f"{name} {metrics[name]}" for name in chosen) + f" on {content['record']['data']}"
 
 
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    return {"umm_kit": __version__, "python": platform.python_version()} | {
-        name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn")
-    }
-
-
 def reproduce(args: argparse.Namespace) -> int:
+    """run every notebook and compare what comes out with what is claimed"""
     from umm_kit.reproduce import reproduce as run
 
     return 0 if run(args.notebooks, args.output, args.preset) else 1
 
 
 def notebooks(args: argparse.Namespace) -> int:
+    """refresh the committed notebooks from their sources, with outputs"""
     from umm_kit.reproduce import refresh
 
     return 0 if refresh(args.notebooks, args.names) else 1
 
 
 def figures(args: argparse.Namespace) -> int:
+    """save the pictures of the committed notebooks as files"""
     from umm_kit.reproduce import save_figures, sources
 
     saved = save_figures([Path(args.notebooks, path.stem + ".ipynb") for path in sources(args.notebooks)], args.output)

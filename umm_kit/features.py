@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -40,18 +40,12 @@ class Features:
     def select(self, ids: Sequence[str]) -> Features:
         """The rows of the given ids, in their order; unknown ids raise."""
         place = {name: row for row, name in enumerate(self.ids)}
-        unknown = [name for name in ids if name not in place]
-        if unknown:
+        if unknown := [name for name in ids if name not in place]:
             raise ValueError(f"{len(unknown)} ids have no features, for example {unknown[:3]}")
         rows = torch.tensor([place[name] for name in ids])
-        return Features(
-            list(ids),
-            {k: v[rows] for k, v in self.states.items()},
-            {k: v[rows] for k, v in self.losses.items()},
-            self.grids,
-            None if self.masks is None else self.masks[rows],
-            {k: v[rows] for k, v in self.factors.items()},
-        )
+        pick = lambda tensors: {k: v[rows] for k, v in tensors.items()}  # noqa: E731
+        masks = None if self.masks is None else self.masks[rows]
+        return Features(list(ids), pick(self.states), pick(self.losses), self.grids, masks, pick(self.factors))
 
 
 def batches(data: Any, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
@@ -62,62 +56,25 @@ def batches(data: Any, batch_size: int, indices: Sequence[int] | None = None) ->
         yield collate(data.__getitems__(part) if hasattr(data, "__getitems__") else [data[i] for i in part])
 
 
-def _masks(ids: Sequence[str], grid: tuple[int, int], ratio: float | tuple[float, float], layout: str, seed: int) -> Tensor:
-    """The mask of each example, drawn by its id and the seed alone: whatever it is batched with."""
-    draws = [torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())) for name in ids]
-    return torch.cat([draw_mask(1, grid, ratio, layout, generator) for generator in draws])
-
-
 @torch.no_grad()
-def _flow_batches(
-    model: Any,
-    data: Any,
-    flows: Sequence[str],
-    layers: Sequence[int] | None,
-    pooled: bool,
-    mask_ratio: float | tuple[float, float],
-    mask_layout: str,
-    seed: int,
-    batch_size: int,
-    progress: bool,
-    folder: Path | None = None,
-) -> Iterator[Features]:
-    unknown = sorted(set(flows) - set(FLOWS))
-    if unknown or not flows:
-        raise ValueError(f"flows are {list(flows)}; expected some of {FLOWS}")
-    seen: set[str] = set()
-    was_training = model.training
-    model.eval()
-    try:
-        total = -(-len(data) // batch_size)
-        stream = tqdm(batches(data, batch_size), total=total, desc="flows", disable=not progress, delay=2)
-        for number, batch in enumerate(stream):
-            repeated = seen & set(batch["ids"])
-            if repeated:
-                raise ValueError(f"ids repeat in the data set: {sorted(repeated)[:3]}; features are kept by id: make them unique")
-            seen |= set(batch["ids"])
-            if folder is not None and _shard(folder, number).exists():
-                with safe_open(_shard(folder, number), "pt") as shard:
-                    found = json.loads(shard.metadata()["ids"])
-                if found != list(batch["ids"]):
-                    raise ValueError(f"{_shard(folder, number)} holds other examples than this data set; choose another folder")
-                continue
-            out = Features(list(batch["ids"]), {}, {}, {}, factors=dict(batch.get("factors", {})))
-            for flow in flows:
-                if flow == "understanding":
-                    result = model.understanding_flow(batch, layers=layers)
-                else:
-                    mask = _masks(batch["ids"], model.grid, mask_ratio, mask_layout, seed)
-                    result = model.generation_flow(batch, layers=layers, mask=mask)
-                    out.masks = None if result.mask is None else result.mask.cpu()
-                out.grids[flow], out.losses[flow] = result.grid, result.per_example_loss.float().cpu()
-                for layer, states in result.hidden_states.items():
-                    out.states[flow, layer] = (states.float().mean(1) if pooled else states).cpu()
-            if folder is not None:
-                _write(out, _shard(folder, number))
-            yield out
-    finally:
-        model.train(was_training)
+def _features(model: Any, batch: Mapping[str, Any], settings: Mapping[str, Any]) -> Features:
+    """One batch through the flows that the settings of :func:`extract` name."""
+    out = Features(list(batch["ids"]), {}, {}, {}, factors=dict(batch.get("factors", {})))
+    for flow in settings["flows"]:
+        if flow == "understanding":
+            result = model.understanding_flow(batch, layers=settings["layers"])
+        else:
+            # The mask of each example is drawn by its id and the seed alone: whatever it is batched with.
+            keys = (zlib.crc32(f"{settings['seed']} {name}".encode()) for name in out.ids)
+            draws = (torch.Generator().manual_seed(key) for key in keys)
+            ratio, layout = settings["mask_ratio"], settings["mask_layout"]
+            mask = torch.cat([draw_mask(1, model.grid, ratio, layout, generator) for generator in draws])
+            result = model.generation_flow(batch, layers=settings["layers"], mask=mask)
+            out.masks = None if result.mask is None else result.mask.cpu()
+        out.grids[flow], out.losses[flow] = result.grid, result.per_example_loss.float().cpu()
+        for layer, states in result.hidden_states.items():
+            out.states[flow, layer] = (states.float().mean(1) if settings["pooled"] else states).cpu()
+    return out
 
 
 def checksum(model: Any) -> int:
@@ -126,10 +83,6 @@ def checksum(model: Any) -> int:
     for tensor in model.state_dict().values():
         check = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), check)
     return check
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:06d}.safetensors"
 
 
 def _write(part: Features, name: Path) -> None:
@@ -143,15 +96,13 @@ def _write(part: Features, name: Path) -> None:
 
 
 def _join(parts: Sequence[Features]) -> Features:
-    first = parts[0]
-    return Features(
-        [name for part in parts for name in part.ids],
-        {k: torch.cat([part.states[k] for part in parts]) for k in first.states},
-        {k: torch.cat([part.losses[k] for part in parts]) for k in first.losses},
-        first.grids,
-        None if first.masks is None else torch.cat([part.masks for part in parts if part.masks is not None]),
-        {k: torch.cat([part.factors[k] for part in parts]) for k in first.factors},
+    states, losses, factors = (
+        {k: torch.cat([getattr(part, name)[k] for part in parts]) for k in getattr(parts[0], name)}
+        for name in ("states", "losses", "factors")
     )
+    masks = [part.masks for part in parts if part.masks is not None]
+    ids = [i for part in parts for i in part.ids]
+    return Features(ids, states, losses, parts[0].grids, torch.cat(masks) if masks else None, factors)
 
 
 def extract(
@@ -176,29 +127,53 @@ def extract(
     Raises:
         ValueError: unknown flow or layer, no data, ids that repeat, or a folder made with other settings, weights or examples.
     """
+    if not flows or not set(flows) <= set(FLOWS):
+        raise ValueError(f"flows are {list(flows)}; expected some of {FLOWS}")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     if not len(data):
         raise ValueError("the data set is empty; expected at least one example")
-    if folder is None:
-        found = list(_flow_batches(model, data, flows, layers, pooled, mask_ratio, mask_layout, seed, batch_size, progress))
-        return _join(found)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "flows": list(flows), "layers": None if layers is None else list(layers), "pooled": pooled, "mask_ratio": mask_ratio,
-        "mask_layout": mask_layout, "seed": seed, "batch_size": batch_size, "n": len(data), "model": checksum(model),
+        "mask_layout": mask_layout, "seed": seed, "batch_size": batch_size, "n": len(data),
     }  # fmt: skip
-    about = folder / "features.json"
-    wanted = json.loads(json.dumps(settings))
+    if folder is not None:
+        folder = Path(folder)
+        _claim(folder, settings | {"model": checksum(model)})
+    parts: list[Features] = []
+    seen: set[str] = set()
+    was_training = model.training
+    model.eval()
+    try:
+        total = -(-len(data) // batch_size)
+        for k, batch in enumerate(tqdm(batches(data, batch_size), total=total, desc="flows", disable=not progress, delay=2)):
+            if repeated := seen & set(batch["ids"]):
+                raise ValueError(f"ids repeat in the data set: {sorted(repeated)[:3]}; features are kept by id: make them unique")
+            seen |= set(batch["ids"])
+            if folder is None:
+                parts.append(_features(model, batch, settings))
+                continue
+            shard = folder / f"part-{k:06d}.safetensors"
+            if not shard.exists():
+                _write(_features(model, batch, settings), shard)
+                continue
+            with safe_open(shard, "pt") as file:
+                if json.loads(file.metadata()["ids"]) != list(batch["ids"]):
+                    raise ValueError(f"{shard} holds other examples than this data set; choose another folder")
+    finally:
+        model.train(was_training)
+    return _join(parts) if folder is None else folder
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings into a folder for features; refuse one that was made with others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about, wanted = folder / "features.json", json.loads(json.dumps(settings))
     made = json.loads(about.read_text())["settings"] if about.exists() else wanted
     if made != wanted:
         changed = [f"{k} {made.get(k)} (now {v})" for k, v in wanted.items() if made.get(k) != v]
         raise ValueError(f"{folder} holds features made with other settings: {', '.join(changed)}; choose another folder")
     about.write_text(json.dumps({"settings": settings}))
-    for _ in _flow_batches(model, data, flows, layers, pooled, mask_ratio, mask_layout, seed, batch_size, progress, folder):
-        pass
-    return folder
 
 
 def read(folder: str | Path) -> Features:
@@ -209,10 +184,15 @@ def read(folder: str | Path) -> Features:
     parts = []
     for name in names:
         with safe_open(name, "pt") as shard:
-            about = shard.metadata()
-        tensors = load_file(name)
-        states = {(k.split(".")[1], int(k.split(".")[2])): v for k, v in tensors.items() if k.startswith("state.")}
-        pick = lambda kind, tensors=tensors: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}  # noqa: E731
-        ids, grids = json.loads(about["ids"]), {k: tuple(v) for k, v in json.loads(about["grids"]).items()}
-        parts.append(Features(ids, states, pick("loss."), grids, tensors.get("masks"), pick("factor.")))
+            about, tensors = shard.metadata(), {key: shard.get_tensor(key) for key in shard.keys()}
+        grids = {flow: tuple(grid) for flow, grid in json.loads(about["grids"]).items()}
+        part = Features(json.loads(about["ids"]), {}, {}, grids, tensors.pop("masks", None))
+        for key, value in tensors.items():
+            kind, rest = key.split(".", 1)
+            if kind == "state":
+                flow, layer = rest.split(".")
+                part.states[flow, int(layer)] = value
+            else:
+                (part.losses if kind == "loss" else part.factors)[rest] = value
+        parts.append(part)
     return _join(parts)

@@ -87,12 +87,10 @@ def image_grid(
     columns = max(1, min(columns, n))
     rows = math.ceil(n / columns)
     above, below = (["\n".join(_wrap(t, size)) for t in texts or [""] * n] for texts in (titles, notes))
-    # A row is as high as its longest texts.
-    lines = []
+    heights = []  # a row is as high as its longest texts
     for start in range(0, n, columns):
-        row = slice(start, start + columns)
-        lines.append(sum(max(text.count("\n") + 1 for text in texts[row]) for texts in (above, below)))
-    heights = [size + count * TEXT_SIZE * 1.3 / 72 for count in lines]
+        lines = (max(text.count("\n") + 1 for text in texts[start : start + columns]) for texts in (above, below))
+        heights.append(size + sum(lines) * TEXT_SIZE * 1.3 / 72)
     figure = Figure(figsize=(columns * size, sum(heights)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flat
     for k, ax in enumerate(axes):

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PRESETS = ("tiny", "full")
 MAX_NOTEBOOK_BYTES = 300_000
 COLUMNS = ("claim", "paper", "here", "interval", "n", "verdict", "notebook")
 _WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-# --- claims ------------------------------------------------------------------------------------------------------------
 
 
 def expect(
@@ -59,19 +57,16 @@ def expect(
         True
     """
     interval = getattr(value, "interval", None) if interval is None else interval
-    value = _plain(value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if target is not None and (low is not None or high is not None):
-        raise ValueError("expect() got a target and bounds; give either target (with tol) or low / high")
-    if low is not None or high is not None:
+    value, target = _plain(value), _plain(target)
+    number, bounded = isinstance(value, int | float) and not isinstance(value, bool), low is not None or high is not None
+    if bounded == (target is not None):  # both, or neither
+        raise ValueError(f"expect() got {target=}, {low=} and {high=}; give either a target (with tol for a number) or bounds")
+    if bounded:
         if not number:
             raise ValueError(f"expect() got bounds for {value!r}; only a number can lie between bounds")
         holds = (low is None or value >= low) and (high is None or value <= high) and not math.isnan(value)
         wanted = " and ".join(f"{sign} {_number(b)}" for sign, b in ((">=", low), ("<=", high)) if b is not None)
-    elif target is None:
-        raise ValueError("expect() has nothing to compare with; give target (with tol for a number), low or high")
     elif number:
-        target = _plain(target)
         tol = 0 if tol is None and isinstance(value, int) and isinstance(target, int) else tol
         if tol is None or not tol >= 0:
             raise ValueError(f"expect() got the numeric target {target!r} and tol={tol}; give a tolerance of at least 0")
@@ -82,9 +77,17 @@ def expect(
     print(f"{'✓' if holds else '✗'} {text}")
     if path := os.environ.get("UMM_KIT_CLAIMS"):
         bounds = None if interval is None else [float(bound) for bound in interval]
-        record = {"claim": claim, "paper": str(paper), "here": value, "expected": wanted, "interval": bounds, "n": n}
+        record = {
+            "claim": claim,
+            "paper": str(paper),
+            "here": value,
+            "expected": wanted,
+            "interval": bounds,
+            "n": n,
+            "holds": holds,
+        }
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**record, "holds": holds}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     if not holds and os.environ.get("UMM_KIT_STRICT") == "1":
         raise AssertionError(text)
     return holds
@@ -139,7 +142,7 @@ def run_notebook(
     claims.write_text("")
     notebook = jupytext.read(source)
     notebook.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"})
-    with _environment(UMM_KIT_CLAIMS=str(claims), UMM_KIT_STRICT="1" if strict else "0"):
+    with mock.patch.dict(os.environ, UMM_KIT_CLAIMS=str(claims), UMM_KIT_STRICT="1" if strict else "0"):
         # The folder of the committed notebook is the working folder, whatever the output folder is.
         papermill.execute_notebook(notebook, output, dict(parameters or {}), cwd=source.parent.parent, progress_bar=True)
     return read_claims(claims, source.stem)
@@ -155,13 +158,14 @@ def reproduce(notebooks: str | Path = "notebooks", output: str | Path = "build",
     """Run every notebook into ``output``/notebooks, save their figures, print the table of claims; True if all held."""
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; expected one of {PRESETS}")
+    _, papermill = _notebook_tools()
     start, claims, stopped = time.perf_counter(), [], {}
     for source in sources(notebooks):
         print(f"{source.stem} ({preset})", flush=True)
         target = Path(output, "notebooks", source.stem + ".ipynb")
         try:
             claims += run_notebook(source, target, {"PRESET": preset}, strict=True)
-        except _papermill_error() as error:
+        except papermill.exceptions.PapermillExecutionError as error:
             stopped[source.stem] = f"{error.ename}: {error.evalue}"
             claims += read_claims(target.with_suffix(".claims.jsonl"), source.stem)
         save_figures([target], Path(output, "figures"))
@@ -225,8 +229,6 @@ def tidy(notebook: Any) -> Any:
 
 def _smaller(picture: str) -> str:
     """A base64 PNG with a palette of 128 colours: half the bytes or less, so that a notebook with its figures stays light."""
-    import io
-
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
@@ -246,10 +248,9 @@ def save_figures(notebooks: Iterable[str | Path], folder: str | Path) -> list[Pa
         outputs = (out for cell in nbformat.read(path, as_version=4).cells for out in cell.get("outputs", ()))
         pictures = (out.data["image/png"] for out in outputs if "image/png" in out.get("data", {}))
         for k, picture in enumerate(pictures, 1):
-            target = Path(folder, f"{path.stem}-{k}.png")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(base64.b64decode(picture))
-            saved.append(target)
+            saved.append(Path(folder, f"{path.stem}-{k}.png"))
+            saved[-1].parent.mkdir(parents=True, exist_ok=True)
+            saved[-1].write_bytes(base64.b64decode(picture))
     return saved
 
 
@@ -260,24 +261,3 @@ def _notebook_tools() -> tuple[Any, Any]:
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed; notebooks need: pip install 'umm-kit[notebooks]'") from error
     return jupytext, papermill
-
-
-def _papermill_error() -> Any:
-    _notebook_tools()
-    from papermill.exceptions import PapermillExecutionError
-
-    return PapermillExecutionError
-
-
-@contextmanager
-def _environment(**values: str):
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, old in before.items():
-            if old is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = old

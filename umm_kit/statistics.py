@@ -81,12 +81,12 @@ def _interval(
     if not 0 < level < 1 or n_resamples < 1:
         raise ValueError(f"{level=}, {n_resamples=}; expected a level in (0, 1) and at least one resample")
     options: dict[str, Any] = {"n_resamples": n_resamples, "confidence_level": level, "paired": paired, "vectorized": True}
-    batch = max(1, _CHUNK // max(map(len, data)))
+    options["batch"] = max(1, _CHUNK // max(map(len, data)))
     with warnings.catch_warnings():  # scipy warns where BCa is undefined; the percentile interval answers there
         warnings.simplefilter("ignore", (stats.DegenerateDataWarning, RuntimeWarning))
         for method in ("BCa", "percentile"):
-            result = stats.bootstrap(data, statistic, method=method, batch=batch, rng=np.random.default_rng(seed), **options)
-            out = result.confidence_interval
+            rng = np.random.default_rng(seed)
+            out = stats.bootstrap(data, statistic, method=method, rng=rng, **options).confidence_interval
             if np.isfinite(out).all():
                 break
     return float(out.low), float(out.high)
@@ -165,41 +165,33 @@ def hierarchical_bootstrap(
         shared_items: the innermost arrays hold the *same* items in the same order (one test set for all models), so
             that one draw of items serves all groups; otherwise items are drawn anew within each group.
     """
-    leaves: list[np.ndarray] = []
+    sizes = set()
 
     def read(node: Any) -> Any:
         if np.ndim(node[0] if len(node) else node) == 0:
-            leaves.append(_checked(node, "values of a group"))
-            return leaves[-1]
+            leaf = _checked(node, "values of a group")
+            sizes.add(len(leaf))
+            return leaf
         return [read(child) for child in node]
 
     tree = read(groups)
     if isinstance(tree, np.ndarray) or len(tree) < 2:
         raise ValueError("there is one group; expected at least 2 sequences of item values (bootstrap() serves one)")
-    sizes = {len(leaf) for leaf in leaves}
     if shared_items and len(sizes) > 1:
         raise ValueError(f"shared_items asks for the same items in every group, but they hold {sorted(sizes)}")
     rng = np.random.default_rng(seed)
 
-    def value(node: Any) -> float:
-        return float(np.mean(node if isinstance(node, np.ndarray) else [value(child) for child in node]))
-
-    def draw(node: Any, items: np.ndarray) -> np.ndarray:
-        """Resampled means [len(items)]; row r of ``items`` holds the shared item draw of resample r."""
+    def mean(node: Any, items: np.ndarray | None = None, resampled: bool = True) -> float:
+        """Of the means below; resampled: of as many children drawn at random, and of ``items`` or items drawn anew."""
+        drawn = rng.integers(len(node), size=len(node)) if resampled else np.arange(len(node))
         if isinstance(node, np.ndarray):
-            return node[items if shared_items else rng.integers(len(node), size=(len(items), len(node)))].mean(1)
-        total = np.zeros(len(items))
-        for _ in node:  # as many slots as children, each filled by a child drawn at random
-            chosen = rng.integers(len(node), size=len(items))
-            for k, child in enumerate(node):
-                total[chosen == k] += draw(child, items[chosen == k])
-        return total / len(node)
+            return float(node[drawn if items is None else items].mean())
+        return float(np.mean([mean(node[k], items, resampled) for k in drawn]))
 
-    step = max(1, _CHUNK // max(sizes))
-    rows = [min(step, n_resamples - start) for start in range(0, n_resamples, step)]
-    means = [draw(tree, rng.integers(max(sizes), size=(r, max(sizes) if shared_items else 1))) for r in rows]
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value(tree), float(low), float(high), len(tree))
+    most = max(sizes)
+    means = [mean(tree, rng.integers(most, size=most) if shared_items else None) for _ in range(n_resamples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(mean(tree, resampled=False), float(low), float(high), len(tree))
 
 
 def paired_difference(

@@ -29,34 +29,47 @@ def png(figure: Figure) -> bytes:
 
 
 class MaskPainter(ipywidgets.VBox):
-    """A picture under a grid of buttons; the pressed ones are the mask. See :func:`paint_mask`."""
+    """A picture under a grid of buttons; the pressed ones are the mask to click together.
 
-    def __init__(self, image: Any, grid: tuple[int, int], fill: Callable[[np.ndarray], Any] | None, mask: Any, side: int):
-        self._fill = fill
-        rows, columns = grid
-        size = ipywidgets.Layout(width="auto", height="auto")
+    Args:
+        image: [3, H, W] in [0, 1]. grid: (rows, columns) of tokens.
+        fill: takes the mask [rows, columns] and returns an image [3, H, W], shown beside when "Fill in" is pressed.
+        mask: [rows, columns] bool to begin with; ``.mask`` is that of now (True = hidden), and can be set.
+        side: of the picture on the screen, in pixels.
+
+    Example:
+        >>> painter = paint_mask(np.zeros((3, 32, 32)), (8, 8))
+        >>> painter.mask = np.eye(8, dtype=bool)
+        >>> painter.said.value
+        '8 of 64 tokens hidden'
+    """
+
+    def __init__(
+        self,
+        image: Any,
+        grid: tuple[int, int],
+        fill: Callable[[np.ndarray], Any] | None = None,
+        mask: Any = None,
+        side: int = 256,
+    ):
+        self._fill, self.mask_shape = fill, tuple(grid)
+        size, square = ipywidgets.Layout(width="auto", height="auto"), {"width": f"{side}px", "height": f"{side}px"}
         self._tokens = [
             ipywidgets.ToggleButton(layout=size, tooltip=f"row {row + 1}, column {column + 1}").add_class("umm-token")
-            for row in range(rows)
-            for column in range(columns)
+            for row, column in np.ndindex(*grid)
         ]
-        self.mask_shape = (rows, columns)
         self.picture = ipywidgets.Image(value=_bare(image)).add_class("umm-canvas")
-        spread = {"grid_template_columns": f"repeat({columns}, 1fr)", "grid_template_rows": f"repeat({rows}, 1fr)"}
-        canvas = ipywidgets.GridBox(
-            [self.picture, *self._tokens], layout=ipywidgets.Layout(width=f"{side}px", height=f"{side}px", **spread)
-        ).add_class("umm-painter")
-        self.result = ipywidgets.Image(value=_bare(image), layout=ipywidgets.Layout(width=f"{side}px", height=f"{side}px"))
-        self.result.add_class("umm-result")
+        spread = {"grid_template_rows": f"repeat({grid[0]}, 1fr)", "grid_template_columns": f"repeat({grid[1]}, 1fr)"}
+        canvas = ipywidgets.GridBox([self.picture, *self._tokens], layout=ipywidgets.Layout(**square, **spread))
+        self.result = ipywidgets.Image(value=_bare(image), layout=ipywidgets.Layout(**square)).add_class("umm-result")
         self.said = ipywidgets.Label().add_class("umm-said")
-        clear = ipywidgets.Button(description="Clear").add_class("umm-clear")
-        clear.on_click(lambda _: setattr(self, "mask", np.zeros(grid, dtype=bool)))
-        buttons = [clear]
+        shown, buttons = [canvas.add_class("umm-painter")], [ipywidgets.Button(description="Clear").add_class("umm-clear")]
+        buttons[0].on_click(lambda _: setattr(self, "mask", np.zeros(grid, dtype=bool)))
         if fill is not None:
+            shown.append(self.result)
             buttons.append(ipywidgets.Button(description="Fill in").add_class("umm-fill"))
             buttons[-1].on_click(lambda _: self._filled())
-        side_by_side = ipywidgets.HBox([canvas, self.result] if fill is not None else [canvas])
-        super().__init__([ipywidgets.HTML(_STYLE), side_by_side, ipywidgets.HBox(buttons), self.said])
+        super().__init__([ipywidgets.HTML(_STYLE), ipywidgets.HBox(shown), ipywidgets.HBox(buttons), self.said])
         self.mask = np.zeros(grid, dtype=bool) if mask is None else mask
         for token in self._tokens:
             token.observe(lambda _: self._announce(), "value")
@@ -91,36 +104,12 @@ class MaskPainter(ipywidgets.VBox):
 
 def _bare(image: Any) -> bytes:
     """The pixels of one image [3, H, W] as a PNG file, without margins."""
-    pixels = plots.as_pixels(image[None])[0]
-    file = io.BytesIO()
-    Image.fromarray(np.rint(pixels * 255).astype(np.uint8)).resize((256, 256), Image.Resampling.NEAREST).save(file, "PNG")
+    pixels, file = np.rint(plots.as_pixels(image[None])[0] * 255).astype(np.uint8), io.BytesIO()
+    Image.fromarray(pixels).resize((256, 256), Image.Resampling.NEAREST).save(file, "PNG")
     return file.getvalue()
 
 
-def paint_mask(
-    image: Any,
-    grid: tuple[int, int],
-    fill: Callable[[np.ndarray], Any] | None = None,
-    mask: Any = None,
-    side: int = 256,
-) -> MaskPainter:
-    """A mask to click together on a picture.
-
-    Args:
-        image: [3, H, W] in [0, 1]. grid: (rows, columns) of tokens.
-        fill: takes the mask [rows, columns] and returns an image [3, H, W], shown beside when "Fill in" is pressed.
-        mask: [rows, columns] bool to begin with. side: of the picture on the screen, in pixels.
-
-    Returns:
-        A widget whose ``.mask`` is the bool array of now (True = hidden), and can be set.
-
-    Example:
-        >>> painter = paint_mask(np.zeros((3, 32, 32)), (8, 8))
-        >>> painter.mask = np.eye(8, dtype=bool)
-        >>> painter.said.value
-        '8 of 64 tokens hidden'
-    """
-    return MaskPainter(image, grid, fill, mask, side)
+paint_mask = MaskPainter
 
 
 def layer_explorer(

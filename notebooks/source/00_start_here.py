@@ -26,6 +26,7 @@ from pathlib import Path
 
 import matplotlib.style
 import numpy as np
+import pandas as pd
 import torch
 from IPython.display import display
 from PIL import Image
@@ -82,8 +83,26 @@ uk.expect(exact, low=0.99, n=exact.n, claim="the oracle reads whole scenes exact
 plots.image_grid(views["images"], notes=[f"grey {g:.2f}\nbrightness {b:.2f}" for g, b in known])
 
 # %% [markdown]
+# Models do not draw clean renders. So the oracle is tried on damaged pictures and on what the image tokenizer gives back, too,
+# and asked about texts that differ from the truth in *one* attribute. Accepting such a text is the error that would flatter a
+# model; not being able to read a picture (*unclear*) only costs it.
+
+# %%
+from umm_kit.evaluation.reconstruction import audit_pictures
+
+few = uk.Shapes("test", n={"full": 128, "tiny": 24}[PRESET], seed=SEED)
+honesty = pd.DataFrame(audit_pictures(model.image_tokenizer, few, SEED)["oracle"]).T
+display(honesty[["exact", "unclear", "silent", "false_accept", "n", "n_edits"]].style.format(precision=4))
+for pictures in ("clean", "reconstructed"):
+    accepted = honesty.loc[pictures, "false_accept"]
+    uk.expect(
+        accepted, high=0.005, n=int(honesty.loc[pictures, "n_edits"]), claim=f"edited texts accepted of {pictures} pictures"
+    )
+
+# %% [markdown]
 # **What you should see.** Four scenes whose captions name every object, some with places; then six views of one more that
-# differ in light, ground and texture but not in what a caption would say.
+# differ in light, ground and texture but not in what a caption would say. In the table: *exact* is the share of whole scenes
+# read right, *silent* the share read wrong without a word of doubt, *false_accept* the share of `n_edits` edited texts accepted.
 #
 # **If you see something else.** A ✗ at the oracle means that no score below can be trusted: run `pytest tests/test_oracle.py`.
 #
@@ -215,6 +234,7 @@ uk.expect(change, target=0.0, tol=0.0, claim="inpainting leaves visible pixels a
 #
 # Now paint your own mask: click on the picture, then press *Fill in*. (In a page without a kernel only the figure above is
 # left.)
+
 
 # %%
 def fill(hidden: np.ndarray) -> torch.Tensor:

@@ -12,7 +12,8 @@ def open_data(name: str, split: str = "test", n: int | None = None, seed: int = 
     Raises:
         ValueError: neither a known name nor an existing path.
     """
-    from umm_kit.data.imagetext import Digits, ImageText
+    from umm_kit.data.digits import Digits
+    from umm_kit.data.imagetext import ImageText
     from umm_kit.data.shapes import Shapes
 
     if name == "shapes":

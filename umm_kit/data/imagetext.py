@@ -1,4 +1,4 @@
-"""Real image-text pairs, in the form of :class:`umm_kit.data.shapes.Shapes`: your own folder, and scanned digits.
+"""Image-text pairs of your own, in the form of :class:`umm_kit.data.shapes.Shapes`.
 
 Everything is local: nothing is downloaded, and nothing in a folder is run. Files are read with a fixed list of Pillow's
 decoders (the one for EPS, which starts an external program, is not among them), and a path that leaves the folder is
@@ -11,11 +11,9 @@ import csv
 import io
 import json
 import os
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any
 
@@ -24,9 +22,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
-
-from umm_kit.data.language import Question, article
-from umm_kit.data.shapes import hash_uniform, stream_key
 
 #: Mid grey: transparent pixels are composited on it and ``fit="pad"`` fills with it, so that neither a dark nor a light
 #: drawing disappears.
@@ -37,9 +32,6 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 METADATA = ("metadata.csv", "metadata.jsonl")
 _LISTED = 20
-
-
-# --- pixels --------------------------------------------------------------------------------------------------------------
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -58,23 +50,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _fit(image: Image.Image, size: int, fit: str) -> Image.Image:
     """To size x size without distortion: the largest centred square ("crop"), or the whole image between bars ("pad")."""
-    width, height = image.size
     if fit == "crop":
-        # Crop and resize in one step: the same pixels as resizing first, without the long strip of an extreme aspect ratio.
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    scale = size / max(width, height)
-    inner = max(1, round(width * scale)), max(1, round(height * scale))
+        return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
     out = Image.new("RGB", (size, size), BACKGROUND)
-    out.paste(image.resize(inner, Image.Resampling.BICUBIC), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    out.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
     return out
-
-
-@lru_cache(maxsize=1)
-def _formats() -> list[str]:
-    Image.init()  # older Pillows lack AVIF, and asking for an unknown format is an error
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def read_image(file: str | os.PathLike | IO[bytes], image_size: int = 32, fit: str = "crop") -> Tensor:
@@ -87,7 +69,8 @@ def read_image(file: str | os.PathLike | IO[bytes], image_size: int = 32, fit: s
         ValueError: what is wrong with the file, in one line.
     """
     try:
-        with Image.open(file, formats=_formats()) as image:
+        Image.init()  # older Pillows lack AVIF, and asking for an unknown format is an error
+        with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{width} x {height} pixels")
@@ -103,16 +86,13 @@ def read_image(file: str | os.PathLike | IO[bytes], image_size: int = 32, fit: s
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous().float() / 255
 
 
-# --- items that are read one by one ----------------------------------------------------------------------------------------
-
-
-class _Items(torch.utils.data.Dataset):
-    """Indexing shared by the data sets here: one item, several, or all in order."""
+class ItemByItem(torch.utils.data.Dataset):
+    """Indexing shared by the data sets whose items are read one by one: one item, several, or all in order."""
 
     ids: list[str]
     texts: list[str]
 
-    def _images(self, i: int) -> Tensor:
+    def _image(self, i: int) -> Tensor:
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -125,13 +105,10 @@ class _Items(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         i = self._index(i)
-        return {"id": self.ids[i], "images": self._images(i), "texts": self.texts[i]}
+        return {"id": self.ids[i], "images": self._image(i), "texts": self.texts[i]}
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         return [self[i] for i in indices]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[i] for i in range(len(self)))
 
 
 @dataclass
@@ -145,8 +122,11 @@ class _Row:
     problem: str = ""
 
 
-def _follow(root: Path, name: Any) -> Path:
-    """``root / name`` with links followed; refused if it leaves the folder by "..", by an absolute path or by a link."""
+def _inside(root: Path, name: Any, *, folder: bool = False) -> Path:
+    """The file (or folder) ``name`` of folder ``root`` with links followed, if it lies in it and can be opened.
+
+    Refused if it leaves the folder by "..", by an absolute path or by a link, and if opening it would wait for ever (a pipe).
+    """
     if not isinstance(name, str) or not name.strip():
         raise ValueError("no file name")
     # As a Windows path both kinds of slash separate, so that one rule holds on every system.
@@ -159,12 +139,8 @@ def _follow(root: Path, name: Any) -> Path:
         raise ValueError(f"the path {name!r} cannot be followed ({error})") from None
     if not path.is_relative_to(root.resolve()):
         raise ValueError(f"the path {name!r} leaves the folder through a link: refused, not read")
-    return path
-
-
-def _inside(root: Path, name: Any) -> Path:
-    """The file ``name`` of folder ``root``, if it lies in it and can be opened (a pipe, say, would be waited on for ever)."""
-    path = _follow(root, name)
+    if folder:
+        return path
     if not path.exists():
         raise ValueError(f"the file {name!r} does not exist")
     if not path.is_file():
@@ -186,7 +162,7 @@ def _text_problem(text: Any) -> str:
     return ""
 
 
-def _metadata_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+def _metadata_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line number, fields or what is wrong with the line) of a metadata file."""
     with file.open(encoding="utf-8-sig", newline="") as lines:
         if file.suffix == ".csv":
@@ -196,22 +172,15 @@ def _metadata_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
                 yield reader.line_num, "more fields than the header names (quote captions that hold commas)" if surplus else row
             return
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
+            try:
+                if line.strip():
                     fields = json.loads(line)
                     yield number, fields if isinstance(fields, dict) and fields else "not a JSON object with fields"
-                except (ValueError, RecursionError) as error:
-                    yield number, f"not JSON ({error})"
+            except (ValueError, RecursionError) as error:
+                yield number, f"not JSON ({error})"
 
 
-def _column(wanted: str | None, default: str, columns: Sequence[str], where: str, option: str) -> str:
-    name = wanted or default
-    if name not in columns:
-        raise ValueError(f"{where} has the columns {sorted(columns)}; expected {name!r} (name another one with {option}=)")
-    return name
-
-
-class ImageText(_Items):
+class ImageText(ItemByItem):
     """Image-text pairs of your own: a folder, a ``datasets.Dataset``, or the folder one was saved to.
 
     A folder follows the Hugging Face ``imagefolder`` convention: images beside a ``metadata.csv`` or ``metadata.jsonl``
@@ -255,22 +224,20 @@ class ImageText(_Items):
             raise ValueError(f"fit is {fit!r}; expected 'crop' or 'pad'")
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; expected at least 1 pixel")
-        self.image_size, self.fit = image_size, fit
+        self.image_size, self.fit, self.image_column, self.text_column = image_size, fit, image_column, text_column
         self._root: Path | None = None
         self._table: Any = None
         if isinstance(source, str | os.PathLike):
-            self.name = os.fspath(source)
-            rows = self._open_folder(Path(source), split, image_column, text_column)
+            self.name, rows = os.fspath(source), self._open_folder(Path(source), split)
         else:
-            self.name = type(source).__name__
-            rows = self._open_dataset(source, split, image_column, text_column)
+            self.name, rows = type(source).__name__, self._open_dataset(source, split)
         self._keep_usable(list(rows), on_error)
 
     def __repr__(self) -> str:
         skipped = f", skipped={len(self.skipped)}" if self.skipped else ""
         return f"ImageText({self.name!r}, n={len(self)}, image_size={self.image_size}, fit={self.fit!r}{skipped})"
 
-    def _images(self, i: int) -> Tensor:
+    def _image(self, i: int) -> Tensor:
         try:
             return self._read(self._sources[i])
         except ValueError as error:  # it was readable at the start
@@ -280,7 +247,7 @@ class ImageText(_Items):
         if self._table is None:
             assert self._root is not None
             return read_image(_inside(self._root, source), self.image_size, self.fit)
-        cell = self._table[source][self._image_column]
+        cell = self._table[source]["image"]
         if not cell or (cell.get("bytes") is None and not cell.get("path")):
             raise ValueError("no image")
         if cell.get("bytes") is not None:
@@ -291,9 +258,7 @@ class ImageText(_Items):
             raise ValueError(f"the file {cell['path']!r} does not exist on this machine")
         return read_image(cell["path"], self.image_size, self.fit)
 
-    # --- where rows come from ------------------------------------------------------------------------------------------
-
-    def _open_folder(self, root: Path, split: str | None, image_column: str | None, text_column: str | None) -> Iterable[_Row]:
+    def _open_folder(self, root: Path, split: str | None) -> Iterable[_Row]:
         if not root.is_dir():
             what = "is a file" if root.exists() else "does not exist"
             raise ValueError(f"{root} {what}; expected a local folder (a data set of the hub must be downloaded first)")
@@ -303,46 +268,49 @@ class ImageText(_Items):
         if split is not None:
             if split not in splits:
                 raise ValueError(f"{root} has no split {split!r}; it has {splits or 'none (leave split out)'}")
-            root = _follow(root, split)
+            root = _inside(root, split, folder=True)
         self._root = root
         if (root / "state.json").is_file():
-            return self._open_dataset(_load_saved(root), None, image_column, text_column)
+            return self._open_dataset(_load_saved(root), None)
         found = [root / m for m in METADATA if (root / m).is_file()]
         if len(found) != 1:
             if found:
                 raise ValueError(f"{root} has both {' and '.join(METADATA)}; expected one of them")
             hint = f"; its subfolders {splits} do: choose one with split=" if splits else ", with the columns file_name and text"
             raise ValueError(f"{root} has no metadata.csv or metadata.jsonl{hint}")
-        return self._metadata(_inside(root, found[0].name), image_column, text_column)
+        return self._metadata(_inside(root, found[0].name))
 
-    def _metadata(self, file: Path, image_column: str | None, text_column: str | None) -> Iterable[_Row]:
+    def _metadata(self, file: Path) -> Iterable[_Row]:
         try:
             lines = list(_metadata_rows(file))
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{file} cannot be read as UTF-8 {file.suffix[1:].upper()}: {error}") from None
-        columns = list({key: None for _, row in lines if isinstance(row, Mapping) for key in row})
-        if not columns and not any(isinstance(row, str) for _, row in lines):
+        columns = list(dict.fromkeys(key for _, row in lines if isinstance(row, dict) for key in row))
+        if not lines:
             raise ValueError(f"{file} has no rows; expected one line per image with file_name and text")
-        if columns:
-            image_column = _column(image_column, "file_name", columns, str(file), "image_column")
-            text_column = _column(text_column, "text", columns, str(file), "text_column")
+        image, text = self.image_column or "file_name", self.text_column or "text"
+        for wanted, option in ((image, "image_column"), (text, "text_column")):
+            if columns and wanted not in columns:
+                raise ValueError(
+                    f"{file} has the columns {sorted(columns)}; expected {wanted!r} (name another one with {option}=)"
+                )
         named = set()
         for number, row in lines:
             where = f"{file.name} line {number}"
             if isinstance(row, str):
                 yield _Row(where, None, None, None, row)
-                continue
-            name = row.get(image_column)  # type: ignore[arg-type]
-            named.add(os.path.normpath(name) if isinstance(name, str) else None)
-            yield _Row(where, _as_id(row["id"] if "id" in columns and "id" in row else name), row.get(text_column), name)  # type: ignore[arg-type]
+            else:
+                name = row.get(image)
+                named.add(os.path.normpath(name) if isinstance(name, str) else None)
+                yield _Row(where, _as_id(row.get("id", name)), row.get(text), name)
         assert self._root is not None
         for path in sorted(self._root.rglob("*")):
-            name = path.relative_to(self._root)
-            hidden = any(part.startswith(".") for part in name.parts)
-            if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden and os.fspath(name) not in named:
-                yield _Row(file.name, name.as_posix(), None, None, "no line names this image, so it has no caption")
+            place = path.relative_to(self._root)
+            hidden = any(part.startswith(".") for part in place.parts)
+            if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden and os.fspath(place) not in named:
+                yield _Row(file.name, place.as_posix(), None, None, "no line names this image, so it has no caption")
 
-    def _open_dataset(self, source: Any, split: str | None, image_column: str | None, text_column: str | None) -> Iterable[_Row]:
+    def _open_dataset(self, source: Any, split: str | None) -> Iterable[_Row]:
         import datasets
 
         if isinstance(source, datasets.DatasetDict):
@@ -354,18 +322,21 @@ class ImageText(_Items):
         if split is not None:
             raise ValueError(f"split is {split!r}, but one datasets.Dataset has no splits; leave it out")
         pictures = [name for name, feature in source.features.items() if isinstance(feature, datasets.Image)]
-        if image_column is None and len(pictures) != 1:
+        if self.image_column is None and len(pictures) != 1:
             hint = "choose one with image_column=" if pictures else "cast_column(name, datasets.Image()) makes one of paths"
             raise ValueError(f"the data set has the image columns {pictures}; expected exactly one: {hint}")
-        image_column = image_column or pictures[0]
-        if image_column not in pictures:
-            raise ValueError(f"column {image_column!r} is not one of the image columns {pictures} (cast_column makes them)")
-        text_column = _column(text_column, "text", source.column_names, "the data set", "text_column")
-        texts = source.with_format(None).select_columns([text_column] + (["id"] if "id" in source.column_names else []))
+        image, text, columns = self.image_column or pictures[0], self.text_column or "text", source.column_names
+        if image not in pictures:
+            raise ValueError(f"column {image!r} is not one of the image columns {pictures} (cast_column makes them)")
+        if text not in columns:
+            raise ValueError(f"the data set has the columns {sorted(columns)}; expected {text!r} (or name one with text_column=)")
+        plain = source.with_format(None)
         # decode=False: the bytes come here, so that local paths, size and format pass the same checks as in a folder.
-        table = source.with_format(None).select_columns([image_column])
-        self._table, self._image_column = table.cast_column(image_column, datasets.Image(decode=False)), image_column
-        return (_Row(f"row {i}", _as_id(row.get("id", i)), row[text_column], i) for i, row in enumerate(texts))
+        self._table = (
+            plain.select_columns([image]).rename_columns({image: "image"}).cast_column("image", datasets.Image(decode=False))
+        )
+        texts = plain.select_columns([text] + (["id"] if "id" in columns else []))
+        return (_Row(f"row {i}", _as_id(row.get("id", i)), row[text], i) for i, row in enumerate(texts))
 
     def _keep_usable(self, rows: list[_Row], on_error: str) -> None:
         """Read every candidate once; keep the good ones and an account of the others."""
@@ -420,171 +391,3 @@ def _load_saved(root: Path) -> Any:
         return datasets.load_from_disk(str(root))
     except Exception as error:  # broken JSON or Arrow files, in as many ways as there are readers
         raise ValueError(f"{root} cannot be loaded as a saved data set ({type(error).__name__}: {error})") from error
-
-
-# --- scanned digits --------------------------------------------------------------------------------------------------------
-
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-THICKNESS = ("thin", "medium", "thick")  # captions leave "medium" out
-SLANT = ("backslanted", "upright", "slanted")
-SPLIT_SHARES = {"train": 0.70, "validation": 0.15, "test": 0.15}
-
-
-def stroke_width(scans: np.ndarray) -> np.ndarray:
-    """Mean width of the strokes, in scan pixels: [n, 8, 8] ink in [0, 1] -> [n], larger = thicker.
-
-    width = sum_p ink(p) * S(p) / (3 * sum_p ink(p)), where S(p) is the ink in the 3 x 3 pixels around p. On a straight
-    stroke S = 3 * width up to a width of 2, ends aside; unlike the mass of ink it does not grow with the stroke's length.
-    """
-    padded = np.pad(scans, ((0, 0), (1, 1), (1, 1)))
-    around = sum(padded[:, dy : dy + scans.shape[1], dx : dx + scans.shape[2]] for dy in range(3) for dx in range(3))
-    return (scans * around).sum((1, 2)) / (3 * scans.sum((1, 2)))
-
-
-def slant(scans: np.ndarray) -> np.ndarray:
-    """Shear of the ink, from its second moments: [n, 8, 8] -> [n], in columns to the right per row upwards.
-
-    slant = -cov(x, y) / var(y) with y pointing down: 0 upright, positive leaning right, negative leaning left.
-    """
-    mass = scans.sum((1, 2))
-    y, x = np.mgrid[: scans.shape[1], : scans.shape[2]]
-    dy, dx = (axis - ((scans * axis).sum((1, 2)) / mass)[:, None, None] for axis in (y, x))
-    return -(scans * dx * dy).sum((1, 2)) / (scans * dy * dy).sum((1, 2))
-
-
-@dataclass(frozen=True)
-class _Scans:
-    """All 1,797 scans with what is measured on them; arrays are read-only because they are shared."""
-
-    ink: np.ndarray  # [1797, 8, 8] in [0, 1]
-    digit: np.ndarray
-    split: np.ndarray  # index into SPLIT_SHARES
-    thickness: np.ndarray
-    slant: np.ndarray
-    thickness_word: np.ndarray
-    slant_word: np.ndarray
-
-
-def _thirds(values: np.ndarray, digit: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """0, 1 or 2: below, between or above the tertiles of the training scans of the same digit."""
-    out = np.zeros(len(values), dtype=np.int64)
-    for k in range(len(DIGITS)):
-        mine = digit == k
-        low, high = np.quantile(values[mine & train], [1 / 3, 2 / 3])
-        out[mine] = (values[mine] > low).astype(np.int64) + (values[mine] > high)
-    return out
-
-
-@lru_cache(maxsize=1)
-def _scans() -> _Scans:
-    from sklearn.datasets import load_digits
-
-    loaded = load_digits()
-    ink, digit = loaded.images / 16, loaded.target.astype(np.int64)
-    # The split is a property of the scan: no seed of Digits can move a test scan into training.
-    draw, split = hash_uniform(np.arange(len(digit)), 1)[:, 0], np.zeros(len(digit), dtype=np.int64)
-    edges = np.cumsum(list(SPLIT_SHARES.values()))[:-1]
-    for k in range(len(DIGITS)):
-        rows = np.flatnonzero(digit == k)
-        share = draw[rows].argsort().argsort() / len(rows)
-        split[rows] = np.searchsorted(edges, share, side="right")
-    width, lean, train = stroke_width(ink), slant(ink), split == 0
-    out = _Scans(ink, digit, split, width, lean, _thirds(width, digit, train), _thirds(lean, digit, train))
-    for array in vars(out).values():
-        array.setflags(write=False)
-    return out
-
-
-class Digits(_Items):
-    """Scikit-learn's 1,797 handwritten digits, with captions whose words are measured on the scan; no download.
-
-    "a thick slanted seven": the digit is the label; *thin* / *thick* are the lower and upper third of
-    :func:`stroke_width`, *backslanted* / *upright* / *slanted* the thirds of :func:`slant`, each within the training scans
-    of the same digit (a seven leans more than a six by its shape alone; within a digit the words say something that its
-    name does not). The moments see all of the ink, so the foot of a one counts as leaning left. Ink is 1 on a ground of
-    0, enlarged from 8 x 8 by bicubic interpolation.
-
-    The splits (70 / 15 / 15 %, stratified by digit) are fixed and disjoint. Writers are not recorded, so the same hand may
-    occur in several. ``seed`` decides the order and, with ``n``, which scans of the split are taken; ids do not depend on it.
-    Items are those of :class:`Shapes`; factors are ``digit``, ``thickness`` (scan pixels), ``slant`` (columns per row) and
-    the word indices ``thickness_word`` and ``slant_word``.
-
-    Raises:
-        ValueError: unknown split, n < 1 or beyond the split, image size below 8.
-
-    Example:
-        >>> data = Digits("test", n=4)
-        >>> data[0]["images"].shape
-        torch.Size([3, 32, 32])
-    """
-
-    def __init__(self, split: str = "train", n: int | None = None, seed: int = 0, image_size: int = 32):
-        if split not in SPLIT_SHARES:
-            raise ValueError(f"split is {split!r}; expected one of {tuple(SPLIT_SHARES)}")
-        if image_size < 8:
-            raise ValueError(f"image_size is {image_size}; expected at least 8, the size of the scans")
-        scans = _scans()
-        rows = np.flatnonzero(scans.split == list(SPLIT_SHARES).index(split))
-        if n is not None and not 1 <= n <= len(rows):
-            raise ValueError(f"n is {n}; expected 1 to {len(rows)}, the scans of split {split!r}")
-        self._rows = rows[hash_uniform(stream_key(seed, 1, rows), 1)[:, 0].argsort()][:n]
-        self.split, self.seed, self.image_size = split, seed, image_size
-        self.ids = [f"digits-{row:04d}" for row in self._rows]
-        words = zip(scans.digit, scans.thickness_word, scans.slant_word, strict=True)
-        captions = [_digit_caption(DIGITS[k], THICKNESS[t], SLANT[s]) for k, t, s in words]
-        self.texts = [captions[row] for row in self._rows]
-        ink = torch.from_numpy(scans.ink[self._rows]).float()[:, None]
-        large = torch.nn.functional.interpolate(ink, size=(image_size, image_size), mode="bicubic", align_corners=False)
-        self._pixels = large.clamp(0, 1)  # [n, 1, H, W]; the third of the memory that RGB would take
-
-    def __repr__(self) -> str:
-        return f"Digits({self.split!r}, n={len(self)}, seed={self.seed}, image_size={self.image_size})"
-
-    def _images(self, i: int) -> Tensor:
-        return self._pixels[i].repeat(3, 1, 1)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        scans, row = _scans(), self._rows[self._index(i)]
-        names = ("digit", "thickness", "slant", "thickness_word", "slant_word")
-        return super().__getitem__(i) | {"factors": {name: torch.tensor(getattr(scans, name)[row]) for name in names}}
-
-    def question(self, i: int) -> list[Question]:
-        """Everything that is asked about scan i: which digit, and yes or no for each word of thickness and slant."""
-        scans, row = _scans(), self._rows[self._index(i)]
-        thickness, lean = THICKNESS[scans.thickness_word[row]], SLANT[scans.slant_word[row]]
-        asked = [("thickness", word, thickness) for word in THICKNESS if word != "medium"]
-        asked += [("slant", word, lean) for word in SLANT]
-        yes_no = [Question(kind, f"is it {word}?", "yes" if word == true else "no") for kind, word, true in asked]
-        return [Question("digit", "which digit is it?", DIGITS[scans.digit[row]]), *yes_no]
-
-    def questions(self, indices: Sequence[int], n: int) -> list[list[tuple[str, str]]]:
-        """For each scan n pairs (question, answer): all kinds in turn, starting at a place drawn for this scan."""
-        rows = self._rows[[self._index(i) for i in indices]]
-        starts = hash_uniform(stream_key(self.seed, 2, rows), 1)[:, 0]
-        out = []
-        for i, start in zip(indices, starts, strict=True):
-            asked = self.question(i)
-            turn = (asked[(int(start * len(asked)) + k) % len(asked)] for k in range(n))
-            out.append([(q.text, q.answer) for q in turn])
-        return out
-
-
-def _digit_caption(digit: str, thickness: str, lean: str) -> str:
-    words = [w for w in (thickness, lean, digit) if w != "medium"]
-    return " ".join([article(words[0]), *words])
-
-
-def digit_word(caption: str) -> int | None:
-    """The digit that a caption names, None where it names none or several.
-
-    Example:
-        >>> digit_word("A thick slanted seven.")
-        7
-    """
-    found = {DIGITS.index(word) for word in re.findall(r"[a-z]+", caption.lower()) if word in DIGITS}
-    return found.pop() if len(found) == 1 else None
-
-
-def to_scan(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] back to scans [B, 8, 8] in [0, 16], for a classifier trained on the originals."""
-    return torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 8)[:, 0] * 16

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 
@@ -39,18 +40,20 @@ def phrase(size: str | None, colour: str | None, shape: str | None, number: int 
     return f"{text} at the {cell}" if cell else text
 
 
+def describe(o: SceneObject | Phrase, *, placed: bool = False) -> str:
+    """One thing in words, as in "a small red circle", whatever its number; ``placed`` adds the cell."""
+    return phrase(o.size, o.colour, o.shape, cell=o.cell if placed else None)
+
+
 def join(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
 def related(a: SceneObject, b: SceneObject, relation: str) -> bool:
     """Whether a stands in ``relation`` to b; "left of" asks for a smaller column only, whatever the rows."""
-    return {
-        "left of": a.column < b.column,
-        "right of": a.column > b.column,
-        "above": a.row < b.row,
-        "below": a.row > b.row,
-    }[relation]
+    if relation in ("left of", "right of"):
+        return a.column < b.column if relation == "left of" else a.column > b.column
+    return a.row < b.row if relation == "above" else a.row > b.row
 
 
 def main_relation(a: SceneObject, b: SceneObject) -> str | None:
@@ -65,26 +68,19 @@ def main_relation(a: SceneObject, b: SceneObject) -> str | None:
 
 def caption(objects: Sequence[SceneObject], style: str = "list") -> str:
     """Describe every object with shape, colour and size; "placed" adds the cell, "relation" (two objects) how they stand."""
-    if style == "list":
-        return join([phrase(o.size, o.colour, o.shape) for o in objects])
+    if style not in STYLES:
+        raise ValueError(f"style is {style!r}; expected one of {STYLES}")
     if style == "count":
-        groups = Counter((o.size, o.colour, o.shape) for o in objects)
-        return join([phrase(*group, number=n) for group, n in groups.items()])
-    if style == "placed":
-        return join([phrase(o.size, o.colour, o.shape, cell=o.cell) for o in objects])
-    if style == "relation":
-        if len(objects) != 2 or main_relation(*objects) is None:
-            return caption(objects, "list")
-        a, b = objects
-        return f"{phrase(a.size, a.colour, a.shape)} {main_relation(a, b)} {phrase(b.size, b.colour, b.shape)}"
-    raise ValueError(f"style is {style!r}; expected one of {STYLES}")
+        return join([phrase(*kind, number=n) for kind, n in Counter((o.size, o.colour, o.shape) for o in objects).items()])
+    if style == "relation" and len(objects) == 2 and (relation := main_relation(*objects)):
+        return f"{describe(objects[0])} {relation} {describe(objects[1])}"
+    return join([describe(o, placed=style == "placed") for o in objects])
 
 
 def pick_style(objects: Sequence[SceneObject], u: float) -> str:
     """A style that says something about this scene that the plain list does not, by a uniform draw."""
-    groups = Counter((o.size, o.colour, o.shape) for o in objects)
     options = ["list", "placed"]
-    if max(groups.values()) > 1:
+    if len({(o.size, o.colour, o.shape) for o in objects}) < len(objects):
         options.append("count")
     if len(objects) == 2 and main_relation(*objects):
         options.append("relation")
@@ -99,9 +95,11 @@ class Question:
     negative: str | None = None  # for existence questions answered "no": how the absent object was chosen
 
 
-def _unique(objects: Sequence[SceneObject]) -> list[SceneObject]:
-    pairs = Counter((o.colour, o.shape) for o in objects)
-    return [o for o in objects if pairs[o.colour, o.shape] == 1]
+def _unique(objects: Sequence[SceneObject], *factors: str) -> list[SceneObject]:
+    """The objects that these factors tell from all others."""
+    key = attrgetter(*factors)
+    seen = Counter(map(key, objects))
+    return [o for o in objects if seen[key(o)] == 1]
 
 
 def question(objects: Sequence[SceneObject], kind: str, u: np.ndarray, negative: str | None = None) -> Question | None:
@@ -128,14 +126,16 @@ def question(objects: Sequence[SceneObject], kind: str, u: np.ndarray, negative:
             absent = both or [(c, s) for c, s in absent if c in colours or s in shapes]
         colour, shape = pick(absent, 1)
         return Question(kind, f"is there {phrase(None, colour, shape)}?", "no", how)
-    if kind == "colour":
-        of_shape = Counter(o.shape for o in objects)
-        options = [o for o in objects if of_shape[o.shape] == 1]
-        return Question(kind, f"what colour is the {(o := pick(options, 1)).shape}?", o.colour) if options else None
-    if kind == "shape":
-        of_colour = Counter(o.colour for o in objects)
-        options = [o for o in objects if of_colour[o.colour] == 1]
-        return Question(kind, f"what shape is the {(o := pick(options, 1)).colour} thing?", o.shape) if options else None
+    if kind in ("colour", "shape", "position"):
+        told_by, asks = {
+            "colour": (["shape"], "what colour is the {o.shape}?"),
+            "shape": (["colour"], "what shape is the {o.colour} thing?"),
+            "position": (["colour", "shape"], "where is the {o.colour} {o.shape}?"),
+        }[kind]
+        if not (options := _unique(objects, *told_by)):
+            return None
+        o = pick(options, 1)
+        return Question(kind, asks.format(o=o), o.cell if kind == "position" else getattr(o, kind))
     if kind == "count":
         if u[0] < 0.5:
             shape = pick(sorted({o.shape for o in objects}), 1)
@@ -146,11 +146,8 @@ def question(objects: Sequence[SceneObject], kind: str, u: np.ndarray, negative:
         else:
             noun, n = "things", len(objects)
         return Question(kind, f"how many {noun} are there?", NUMBERS[n])
-    if kind == "position":
-        options = _unique(objects)
-        return Question(kind, f"where is the {(o := pick(options, 1)).colour} {o.shape}?", o.cell) if options else None
     if kind == "relation":
-        unique = _unique(objects)
+        unique = _unique(objects, "colour", "shape")
         pairs = [(a, b) for a in unique for b in unique if a is not b and main_relation(a, b)]
         if not pairs:
             return None
@@ -162,8 +159,7 @@ def question(objects: Sequence[SceneObject], kind: str, u: np.ndarray, negative:
 
 def prompt(objects: Sequence[SceneObject], category: str) -> str | None:
     """A GenEval-style prompt that is true of the scene and names all of its objects; None where the category does not fit."""
-    n = len(objects)
-    a, b = objects[0], objects[-1]
+    n, a, b = len(objects), objects[0], objects[-1]
     if category == "single_object" and n == 1:
         return phrase(None, None, a.shape)
     if category == "colors" and n == 1:
@@ -266,31 +262,21 @@ def parse(text: str) -> Parsed:
     """
     rest, out, relation = " ".join(text.lower().strip().rstrip(".").split()), Parsed(), None
     rest = re.sub(r"\s+,", ",", rest)
-    while rest:
-        found = _PHRASE.match(rest)
-        if not found:
-            out.unread.append(rest)
-            return out
-        number = found["number"]
-        shape = _PLURAL.get(found["shape"], found["shape"])
-        out.phrases.append(
-            Phrase(
-                NUMBERS.index(number) if number in NUMBERS else 1,
-                found["size"], found["colour"], None if shape == "thing" else shape, found["cell"], number in NUMBERS,
-            )
-        )  # fmt: skip
+    while found := _PHRASE.match(rest):
+        number, noun = found["number"], _PLURAL.get(found["shape"], found["shape"])
+        exact, shape = number in NUMBERS, None if noun == "thing" else noun
+        n = NUMBERS.index(number) if exact else 1
+        out.phrases.append(Phrase(n, found["size"], found["colour"], shape, found["cell"], exact))
         if relation:
             out.relations.append((len(out.phrases) - 2, relation, len(out.phrases) - 1))
-        rest, relation = rest[found.end() :], None
-        if rest:
-            link = _LINK.match(rest)
-            if not link or link.end() == len(rest):
-                out.unread.append(rest)
-                return out
-            relation = link["link"] if link["link"] in RELATIONS else None
-            rest = rest[link.end() :]
-    if not out.phrases:
-        out.unread.append(text)
+        rest = rest[found.end() :]
+        if not rest:
+            return out
+        link = _LINK.match(rest)
+        if not link or link.end() == len(rest):
+            break
+        relation, rest = (link["link"] if link["link"] in RELATIONS else None), rest[link.end() :]
+    out.unread.append(rest or text)
     return out
 
 

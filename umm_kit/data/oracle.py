@@ -1,12 +1,11 @@
 """From pixels back to facts: reads pictures, scores captions and prompts, and gives a reason for every failure.
 
-**How a picture is read.** The background is achromatic, the objects are not. In the plane orthogonal to grey a pixel is
-therefore ``brightness * alpha * colour``: background, gradient and texture drop out exactly. In each cell the chroma is
-fitted by least squares with every sprite (shape, size, jitter, some blur), colour and brightness, and what the
-fits explain is subtracted. What is left over says whether the reading can be trusted: a blob between two cells, a
-second colour or a missing half leave chroma behind, and come back as an *unclear* thing. So does a thing that two
-descriptions fit about equally well. Only chroma is looked at: a grey thing, or a tint fainter than about a third of an
-object's colour, is background to this oracle.
+**How a picture is read.** The background is achromatic, the objects are not. In the plane orthogonal to grey a pixel is therefore
+``brightness * alpha * colour``: background, gradient and texture drop out exactly. In each cell the chroma is fitted by least
+squares with every sprite (shape, size, jitter, some blur), colour and brightness, and what the fits explain is subtracted. What
+is left over says whether the reading can be trusted: a blob between two cells, a second colour or a missing half leave chroma
+behind, and come back as an *unclear* thing. So does a thing that two descriptions fit about equally well. Only chroma is looked
+at: a grey thing, or a tint fainter than about a third of an object's colour, is background to this oracle.
 """
 
 from __future__ import annotations
@@ -22,21 +21,9 @@ from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from umm_kit.data.language import (
-    CATEGORIES,
-    NUMBERS,
-    RELATIONS,
-    STYLES,
-    Parsed,
-    Phrase,
-    caption,
-    join,
-    parse,
-    phrase,
-    prompt,
-    related,
-)
-from umm_kit.data.shapes import CELLS, COLOURS, PATCH_GRID, RGB, SHAPES, SIZES, SceneObject, box_size, cell_origin, sprite_bank
+from umm_kit.data import language, shapes
+from umm_kit.data.language import NUMBERS, Parsed, Phrase, describe, join, parse, related
+from umm_kit.data.shapes import CELLS, COLOURS, PATCH_GRID, RGB, SHAPES, SIZES, WORDS, SceneObject
 
 #: Orthonormal basis of the plane orthogonal to grey, and the objects' colours in it.
 _BASIS = np.array([[1, -1, 0], [1, 1, -2]], dtype=np.float32) / np.sqrt(np.array([[2], [6]], dtype=np.float32))
@@ -115,17 +102,15 @@ class Oracle:
     """
 
     def __init__(self, image_size: int = 32, jitter: float = 1.0):
-        if image_size < 32 or image_size % 16:
-            raise ValueError(f"image_size is {image_size}; expected a multiple of 16, at least 32")
-        self.image_size, self._box = image_size, box_size(image_size)
-        sharp = sprite_bank(image_size, float(jitter))
+        self.image_size, self._box = image_size, shapes.box_size(image_size)
+        sharp = shapes.sprite_bank(image_size, float(jitter))
         blurs = [ndimage.gaussian_filter(sharp, s * image_size / 32, axes=(-2, -1), mode="constant") for s in _BLURS]
         bank = np.stack(blurs, axis=2).reshape(len(SHAPES) * len(SIZES), -1, self._box, self._box)
         self._variants = bank.shape[1]  # sprites of one shape and size: blur x jitter y x jitter x
         axis = np.arange(self._box) + 0.5
         self._middle = (np.stack([bank.sum(-2) @ axis, bank.sum(-1) @ axis], -1) / bank.sum((-2, -1))[..., None]).reshape(-1, 2)
         self._sprites = bank.reshape(-1, self._box**2)
-        self._top, self._left = cell_origin(np.arange(len(CELLS)), image_size)
+        self._top, self._left = shapes.cell_origin(np.arange(len(CELLS)), image_size)
         # Boxes of neighbouring cells overlap: the nearest cell owns a pixel, and a cell is fitted on the pixels it owns.
         pixel = np.arange(image_size) + 0.5
         nearest = abs(pixel[:, None] - (self._left[:3] + self._box / 2)).argmin(1)
@@ -166,19 +151,17 @@ class Oracle:
         for row, c, sprite, colour, rival, odd in found.tolist():
             seen = self._object(c, sprite // self._variants, colour)
             x, y = self._middle[sprite]
-            reason = f"{_words(seen)} in a {seen.colour} that no object has" if odd else ""
+            reason = f"{describe(seen)} in a {seen.colour} that no object has" if odd else ""
             if rival >= 0:
-                other = self._object(c, *divmod(rival, len(COLOURS)))
-                reason = f"either {_words(seen)} or {_words(other)}"
+                reason = f"either {describe(seen)} or {describe(self._object(c, *divmod(rival, len(COLOURS))))}"
             things[row][c] = Thing(CELLS[c], float(self._left[c] + x), float(self._top[c] + y), seen, reason)
         for row, c, x, y, hue in self._strangers(chroma, left):
             old = things[row].get(c)
             if old is None or old.object is None:
                 things[row][c] = Thing(CELLS[c], x, y, None, f"something {hue or 'grey'} of no known shape, size or place")
             else:
-                where = "beyond its outline" if hue == old.object.colour else "in it"
-                flaw = f"{hue} {where}" if hue else "a part missing"
-                things[row][c] = replace(old, reason=f"{_words(old.object)} with {flaw}")
+                flaw = f"{hue} {'beyond its outline' if hue == old.object.colour else 'in it'}" if hue else "a part missing"
+                things[row][c] = replace(old, reason=f"{describe(old.object)} with {flaw}")
         return [Reading(tuple(seen[c] for c in sorted(seen))) for seen in things]
 
     @staticmethod
@@ -203,18 +186,16 @@ class Oracle:
         along = dots.transpose(0, 2, 1) @ _HUES.T  # [things, sprites, colours]
         scale = (along / norm).clip(_FAINTEST, None)
         gain = scale * (2 * along - scale * norm)
-        flat = (len(cell), len(self._sprites) * len(COLOURS))
-        best = gain.reshape(flat).argmax(1)
-        sprite, colour = np.divmod(best, len(COLOURS))
-        kinds = len(SHAPES) * len(SIZES)
-        by_kind = gain.reshape(len(cell), kinds, self._variants, len(COLOURS)).max(2).reshape(len(cell), kinds * len(COLOURS))
-        at = np.arange(len(cell))
-        top = gain[at, sprite, colour]
-        by_kind[at, sprite // self._variants * len(COLOURS) + colour] = -np.inf
-        rival = by_kind.argmax(1)
-        rival = np.where(top - by_kind[at, rival] < MARGIN_GATE * norm[at, sprite, colour], rival, -1)
+        things, sprites, colours = gain.shape
+        at, best = np.arange(things), gain.reshape(things, sprites * colours).argmax(1)
+        sprite, colour = np.divmod(best, colours)
+        top, scale, norm = (a[at, sprite, colour] for a in (gain, scale, norm))
+        others = gain.reshape(things, sprites // self._variants, self._variants, colours).max(2)
+        others[at, sprite // self._variants, colour] = -np.inf
+        others = others.reshape(things, sprites // self._variants * colours)
+        rival = others.argmax(1)
+        rival = np.where(top - others[at, rival] < MARGIN_GATE * norm, rival, -1)
         keep = top > 0.5 * energy
-        scale = scale[at, sprite, colour]
         strange = (scale < _BRIGHTNESS[0]) | (scale > _BRIGHTNESS[1])
         return tuple(a[keep] for a in (row, cell, sprite, colour, scale, rival, strange))
 
@@ -239,13 +220,7 @@ class Oracle:
             yield int(image[k]), int(cell), float(middle_x[k]), float(middle_y[k]), None if grey[k] else COLOURS[nearest[k]]
 
 
-def _words(o: SceneObject) -> str:
-    return phrase(o.size, o.colour, o.shape)
-
-
 # --- words against objects ---------------------------------------------------------------------------------------------
-
-_REQUIRED = ("size", "colour", "shape")
 
 
 @dataclass(frozen=True)
@@ -280,57 +255,50 @@ def facts(things: Sequence[SceneObject | Phrase]) -> Counter[tuple[str, ...]]:
     return out
 
 
-def _repeated(parsed: Parsed) -> list[Phrase]:
-    return [p for p in parsed.phrases for _ in range(p.number)]
-
-
 def holds(parsed: Parsed, objects: Sequence[SceneObject], counted: bool = True) -> bool:
     """Whether distinct objects can be given to all phrases so that attributes and relations are true.
 
     With ``counted``, a number word ("two circles") also asks that no further object matches its phrase.
     """
-    owner = [i for i, p in enumerate(parsed.phrases) for _ in range(p.number)]
-    if len(owner) > len(objects):
-        return False
     if counted and any(p.exact and sum(map(p.matches, objects)) != p.number for p in parsed.phrases):
         return False
-    given: list[SceneObject] = []
+    units = [i for i, p in enumerate(parsed.phrases) for _ in range(p.number)]  # each needs an object: the phrase it stands for
 
-    def fits(o: SceneObject) -> bool:
-        i = owner[len(given)]
-        return parsed.phrases[i].matches(o) and all(
-            related(g, o, relation)
-            for a, relation, b in parsed.relations
-            if b == i
-            for g, j in zip(given, owner, strict=False)
-            if j == a
+    def extend(given: list[int]) -> bool:
+        """Whether the units beyond those that have the ``given`` objects can have some of the others."""
+        if len(given) == len(units):
+            return True
+        i = units[len(given)]
+        before = [(objects[k], r) for a, r, b in parsed.relations if b == i for k, j in zip(given, units, strict=False) if j == a]
+        return any(
+            k not in given and parsed.phrases[i].matches(o) and all(related(g, o, r) for g, r in before) and extend([*given, k])
+            for k, o in enumerate(objects)
         )
 
-    def extend() -> bool:
-        if len(given) == len(owner):
-            return True
-        for o in objects:
-            if not any(o is g for g in given) and fits(o):
-                given.append(o)
-                if extend():
-                    return True
-                given.pop()
-        return False
+    return len(units) <= len(objects) and extend([])
 
-    return extend()
+
+def _single(parsed: Parsed) -> list[Phrase]:
+    """The phrases, each as often as its number says and then with number one."""
+    return [replace(p, number=1) for p in parsed.phrases for _ in range(p.number)]
 
 
 def _align(
-    rows: Sequence[Any], columns: Sequence[Any], differ: Callable[[Any, Any], list]
-) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-    """Pairs (row, column) with the fewest differences in all, and the rows and columns left without a partner."""
-    cost = np.array([[len(differ(r, c)) for c in columns] for r in rows]).reshape(len(rows), len(columns))
-    pairs = list(zip(*(a.tolist() for a in linear_sum_assignment(cost)), strict=True))
-    spare_row, spare_column = set(range(len(rows))) - {r for r, _ in pairs}, set(range(len(columns))) - {c for _, c in pairs}
-    return pairs, sorted(spare_row), sorted(spare_column)
+    wanted: Sequence[Any], found: Sequence[Any], factors: Callable[[Any], Sequence[str]]
+) -> tuple[list[tuple[Any, Any, list[tuple[Any, Any]]]], list[Any], list[Any]]:
+    """Pairs (wanted, found, words that differ in some factor of ``wanted``), so few in all as can be; what has no partner."""
+
+    def differ(w: Any, f: Any) -> list[tuple[Any, Any]]:
+        return [(getattr(w, k), getattr(f, k)) for k in factors(w) if getattr(w, k) != getattr(f, k)]
+
+    cost = np.array([[len(differ(w, f)) for f in found] for w in wanted]).reshape(len(wanted), len(found))
+    rows, columns = (a.tolist() for a in linear_sum_assignment(cost))
+    pairs = [(wanted[r], found[c], differ(wanted[r], found[c])) for r, c in zip(rows, columns, strict=True)]
+    missed, extra = ([x for k, x in enumerate(all_) if k not in used] for all_, used in ((wanted, rows), (found, columns)))
+    return pairs, missed, extra
 
 
-def _mismatch(differences: list[tuple[str | None, str | None]], expected: str, found: str) -> str:
+def _mismatch(differences: list[tuple[Any, Any]], expected: str, found: str) -> str:
     """One sentence for one object: the single word that differs with its context, or both whole descriptions."""
     if len(differences) == 1:
         want, got = differences[0]
@@ -349,11 +317,10 @@ def score_caption(text: str, objects: Sequence[SceneObject]) -> CaptionScore:
         ['expected red, found orange (a small orange circle)']
     """
     parsed = parse(text)
-    claimed, required = facts(said := _repeated(parsed)), facts(objects)
-    common, total = (claimed & required).total(), claimed.total() + len(parsed.unread)
-    reasons = [f"could not read {words!r}" for words in parsed.unread]
-    false: list[str] = []
-    free = {o.cell: o for o in objects}
+    claimed, required = facts(said := _single(parsed)), facts(objects)
+    recalled = common = (claimed & required).total()
+    total = claimed.total() + len(parsed.unread)
+    false, free = [], {o.cell: o for o in objects}
     for p in said:
         if p.cell:
             total += 1
@@ -362,7 +329,7 @@ def score_caption(text: str, objects: Sequence[SceneObject]) -> CaptionScore:
                 del free[p.cell]
                 common += 1
             else:
-                false.append(f"nothing at the {p.cell} is {replace(p, number=1, cell=None)}")
+                false.append(f"nothing at the {p.cell} is {describe(p)}")
     for p in parsed.phrases:
         if not p.shape:
             total += p.number
@@ -376,29 +343,22 @@ def score_caption(text: str, objects: Sequence[SceneObject]) -> CaptionScore:
         else:
             false.append(f"it is not true that {pair.phrases[0]} is {relation} {pair.phrases[1]}")
 
-    differ = lambda o, p: [(getattr(o, k), getattr(p, k)) for k in _REQUIRED if getattr(o, k) != getattr(p, k)]  # noqa: E731
-    nouns = [p for p in said if p.shape]
-    pairs, missed, extra = _align(objects, nouns, differ)
-    for i, j in pairs:
-        if differences := differ(objects[i], nouns[j]):
-            p = nouns[j]
-            reasons.append(_mismatch(differences, _words(objects[i]), phrase(p.size, p.colour, p.shape)))
-    reasons += [f"expected {_words(objects[i])}, found nothing" for i in missed]
-    reasons += [f"expected nothing more, found {phrase(p.size, p.colour, p.shape)}" for p in (nouns[j] for j in extra)]
-    triples = Counter((p.size, p.colour, p.shape) for p in said) == Counter((o.size, o.colour, o.shape) for o in objects)
-    exact = parsed.ok and triples and holds(parsed, objects, counted=False)
-    if triples and not exact and not reasons and not false:
+    pairs, missed, extra = _align(objects, [p for p in said if p.shape], lambda o: ("size", "colour", "shape"))
+    reasons = [f"could not read {words!r}" for words in parsed.unread]
+    reasons += [_mismatch(differences, describe(o), describe(p)) for o, p, differences in pairs if differences]
+    reasons += [f"expected {describe(o)}, found nothing" for o in missed]
+    reasons += [f"expected nothing more, found {describe(p)}" for p in extra]
+    reasons += false
+    same = Counter(map(describe, said)) == Counter(map(describe, objects))
+    exact = parsed.ok and same and holds(parsed, objects, counted=False)
+    if same and not exact and not reasons:
         reasons.append("each claim is true, but not all of them of different objects")
-    precision = common / total if total else 0.0
-    recall = (claimed & required).total() / required.total() if required else 1.0
-    return CaptionScore(precision, recall, exact, reasons + false)
+    return CaptionScore(common / total if total else 0.0, recalled / required.total() if required else 1.0, exact, reasons)
 
 
-def _shows(parsed: Parsed, seen: Reading | Sequence[SceneObject]) -> bool:
+def _shows(parsed: Parsed, seen: Reading) -> bool:
     """Whether all phrases hold of clear objects; a number is not established while something is unclear."""
-    if isinstance(seen, Reading):
-        return not (seen.unclear and any(p.exact for p in parsed.phrases)) and holds(parsed, seen.objects)
-    return holds(parsed, seen)
+    return holds(parsed, seen.objects) and not (seen.unclear and any(p.exact for p in parsed.phrases))
 
 
 def score_prompt(text: str, seen: Reading | Sequence[SceneObject]) -> PromptScore:
@@ -418,32 +378,30 @@ def score_prompt(text: str, seen: Reading | Sequence[SceneObject]) -> PromptScor
     if not parsed.ok:
         stuck = " ".join(parsed.unread)
         raise ValueError(f"prompt {text!r} cannot be read from {stuck!r} on; expected words as in 'two red circles and a cross'")
-    objects, unclear = (seen.objects, seen.unclear) if isinstance(seen, Reading) else (list(seen), [])
-    ok = _shows(parsed, seen)
-    wanted = _repeated(parsed)
-    reasons = []
-    differ = lambda p, o: [(said, getattr(o, name)) for name, said in p.said() if said not in (None, getattr(o, name))]  # noqa: E731
-    pairs, missed, extra = _align(wanted, objects, differ)
+    if not isinstance(seen, Reading):
+        seen = Reading(tuple(Thing(o.cell, 0.0, 0.0, o) for o in seen))
+    ok, objects, reasons = _shows(parsed, seen), seen.objects, []
+    pairs, missed, extra = _align(_single(parsed), objects, lambda p: [k for k in WORDS if getattr(p, k)])
     if not ok:
-        for i, j in pairs:
-            if differences := differ(wanted[i], objects[j]):
-                found = f"{_words(objects[j])} at the {objects[j].cell}"
-                reasons.append(_mismatch(differences, str(replace(wanted[i], number=1)), found))
-        reasons += [f"expected {replace(wanted[i], number=1)}, found nothing" for i in missed if not wanted[i].exact]
+        for p, o, differences in pairs:
+            if differences:
+                reasons.append(_mismatch(differences, str(p), describe(o, placed=True)))
+        reasons += [f"expected {p}, found nothing" for p in missed if not p.exact]
         for p in parsed.phrases:
             if p.exact and (n := sum(map(p.matches, objects))) != p.number:
                 reasons.append(f"expected {_exactly(p)}, found {NUMBERS[n] if n < len(NUMBERS) else n}")
         for a, relation, b in parsed.relations:
-            one, other = parsed.phrases[a], parsed.phrases[b]
             if not reasons:
+                one, other = parsed.phrases[a], parsed.phrases[b]
                 at = [join([o.cell for o in objects if p.matches(o)]) for p in (one, other)]
                 asked = f"{_exactly(one)} {relation} {_exactly(other)}"
                 reasons.append(f"expected {asked}, found them at the {at[0]} and at the {at[1]}")
-        if not reasons and not unclear:
+        if not reasons and not seen.unclear:
             reasons.append("expected different objects for all phrases, found none that satisfy them at once")
-    reasons += [f"expected nothing more, found {_words(objects[j])} at the {objects[j].cell}" for j in extra if ok]
-    reasons += [f"unclear at the {t.cell}: {t.reason}" for t in unclear]
-    return PromptScore(ok, ok and not extra and not unclear, reasons)
+    else:
+        reasons += [f"expected nothing more, found {describe(o, placed=True)}" for o in extra]
+    reasons += [f"unclear at the {t.cell}: {t.reason}" for t in seen.unclear]
+    return PromptScore(ok, ok and not extra and not seen.unclear, reasons)
 
 
 # --- how far the oracle can be trusted ---------------------------------------------------------------------------------
@@ -455,15 +413,19 @@ def _exactly(p: Phrase) -> str:
     return "one " + words.split(" ", 1)[1] if p.exact and p.number == 1 else words
 
 
-def _compose(parsed: Parsed) -> str:
-    linked = {b: relation for _, relation, b in parsed.relations}
+def _compose(phrases: Sequence[Phrase], relations: Sequence[tuple[int, str, int]]) -> str:
+    """The text that says this; relations hold between neighbours."""
+    linked = {b: relation for _, relation, b in relations}
     groups: list[str] = []
-    for i, p in enumerate(parsed.phrases):
+    for i, p in enumerate(phrases):
         if i in linked:
             groups[-1] += f" {linked[i]} {_exactly(p)}"
         else:
             groups.append(_exactly(p))
     return join(groups)
+
+
+_EDITED = ("colour", "shape", "size", "number", "relation", "cell")
 
 
 def edits(text: str) -> dict[str, list[str]]:
@@ -478,37 +440,29 @@ def edits(text: str) -> dict[str, list[str]]:
     parsed = parse(text)
     if not parsed.ok:
         raise ValueError(f"prompt {text!r} cannot be read from {' '.join(parsed.unread)!r} on, so it cannot be edited")
-    out: dict[str, list[str]] = {k: [] for k in ("colour", "shape", "size", "number", "relation", "cell")}
-    values: dict[str, tuple[str, ...]] = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "cell": CELLS}
+    out: dict[str, list[str]] = {k: [] for k in _EDITED}
     for i, p in enumerate(parsed.phrases):
-        changed = [(k, _with(p, k, v)) for k, all_ in values.items() if (now := getattr(p, k)) for v in all_ if v != now]
-        changed += [("number", replace(p, number=n, exact=True)) for n in range(1, len(NUMBERS)) if n != p.number]
-        for kind, q in changed:
-            out[kind].append(_compose(replace(parsed, phrases=[*parsed.phrases[:i], q, *parsed.phrases[i + 1 :]])))
+        changed: list[tuple[str, Any]] = [(k, word) for k in WORDS if getattr(p, k) for word in WORDS[k] if word != getattr(p, k)]
+        changed += [("number", n) for n in range(1, len(NUMBERS)) if n != p.number]
+        for kind, value in changed:
+            q = replace(p, **{kind: value, "exact": p.exact or kind == "number"})
+            out[kind].append(_compose([*parsed.phrases[:i], q, *parsed.phrases[i + 1 :]], parsed.relations))
     for i, (a, now, b) in enumerate(parsed.relations):
-        for relation in RELATIONS:
-            if relation != now:
-                relations = [*parsed.relations[:i], (a, relation, b), *parsed.relations[i + 1 :]]
-                out["relation"].append(_compose(replace(parsed, relations=relations)))
+        for other in language.RELATIONS:
+            if other != now:
+                relations = [*parsed.relations[:i], (a, other, b), *parsed.relations[i + 1 :]]
+                out["relation"].append(_compose(parsed.phrases, relations))
     return out
-
-
-def _with(p: Phrase, attribute: str, word: str) -> Phrase:
-    changes: dict[str, Any] = {attribute: word}
-    return replace(p, **changes)
 
 
 def true_texts(objects: Sequence[SceneObject]) -> list[str]:
     """Every caption and prompt of this world's styles and categories that is true of a scene."""
-    prompts = (prompt(objects, c) for c in CATEGORIES)
-    return list(dict.fromkeys([*(caption(objects, s) for s in STYLES), *(p for p in prompts if p)]))
+    prompts = (language.prompt(objects, c) for c in language.CATEGORIES)
+    return list(dict.fromkeys([*(language.caption(objects, s) for s in language.STYLES), *(p for p in prompts if p)]))
 
 
 def audit(
-    images: Tensor,
-    objects: Sequence[Sequence[SceneObject]],
-    texts: Sequence[Sequence[str]] | None = None,
-    oracle: Oracle | None = None,
+    images: Tensor, objects: Sequence[Sequence[SceneObject]], texts: Sequence[Sequence[str]] | None = None
 ) -> dict[str, float]:
     """How honest the oracle is on pictures whose objects are known: clean, corrupted or reconstructed ones.
 
@@ -527,16 +481,14 @@ def audit(
     if not len(images) == len(objects) == len(texts) or not len(images):
         got = f"{len(images)} images, {len(objects)} lists of objects and {len(texts)} of texts"
         raise ValueError(f"{got} came; expected the same number of each, at least one")
-    readings = (oracle or Oracle(images.shape[-1])).read(images)
+    readings = Oracle(images.shape[-1]).read(images)
     count: Counter[str] = Counter()
     for reading, truth, true in zip(readings, objects, texts, strict=True):
-        seen = reading.objects
-        at = {o.cell: o for o in seen}
-        shown = reading.shows(truth)
-        count.update(exact=shown, unclear=bool(reading.unclear), silent=not shown and not reading.unclear)
+        at, shown = {o.cell: o for o in reading.objects}, reading.shows(truth)
+        count.update(n=1, exact=shown, unclear=bool(reading.unclear), silent=not shown and not reading.unclear)
         for o in truth:
             other = at.get(o.cell)
-            count.update(n_objects=1, missing=other is None)
+            count.update(n_objects=1, missing=other is None, n_seen=other is not None)
             count.update({k: other is not None and getattr(o, k) != getattr(other, k) for k in ("shape", "colour", "size")})
         for text in true:
             count.update(n_texts=1, true_accept=_shows(parse(text), reading))
@@ -545,14 +497,13 @@ def audit(
                 accepted = 0 if shown else sum(_shows(p, reading) for p in false)  # the same objects give the same verdict
                 for key in ("", f"_{kind}"):
                     count.update({f"n_edits{key}": len(false), f"false_accept{key}": accepted})
-    n, found = len(images), max(count["n_objects"] - count["missing"], 1)
-    out = {"n": n, **{k: count[k] / n for k in ("exact", "unclear", "silent")}}
-    out |= {"n_objects": count["n_objects"], "missing": count["missing"] / max(count["n_objects"], 1)}
-    out |= {k: count[k] / found for k in ("shape", "colour", "size")}
-    out |= {"n_texts": count["n_texts"], "true_accept": count["true_accept"] / max(count["n_texts"], 1)}
-    for kind in ("", "_colour", "_shape", "_size", "_number", "_relation", "_cell"):
-        n_edits = out[f"n_edits{kind}"] = count[f"n_edits{kind}"]
-        out[f"false_accept{kind}"] = count[f"false_accept{kind}"] / n_edits if n_edits else float("nan")
+    shares = {"n": ["exact", "unclear", "silent"], "n_objects": ["missing"], "n_seen": ["shape", "colour", "size"]}
+    shares |= {"n_texts": ["true_accept"], "n_edits": ["false_accept"]}
+    shares |= {f"n_edits_{kind}": [f"false_accept_{kind}"] for kind in _EDITED}
+    out: dict[str, float] = {}
+    for n, names in shares.items():
+        of_none = float("nan") if n.startswith("n_edits") else 0.0
+        out |= {n: count[n]} | {name: count[name] / count[n] if count[n] else of_none for name in names}
     return out
 
 

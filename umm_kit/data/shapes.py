@@ -10,8 +10,9 @@ Every draw is a pure function of (seed, split, index): scene ``i`` is the same w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import numpy as np
@@ -22,6 +23,8 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 SIZES = ("small", "large")
 CELLS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+#: said factor -> the words for its values
+WORDS = {"cell": CELLS, "shape": SHAPES, "colour": COLOURS, "size": SIZES}
 SPLITS = ("train", "validation", "test", "heldout")
 #: (colour, shape) pairs that occur in no split but "heldout", where every scene has at least one.
 HELD_OUT = (("orange", "triangle"), ("green", "cross"), ("purple", "circle"))
@@ -104,34 +107,38 @@ class Scenes:
     """Factors of n scenes as arrays; objects beyond ``count`` are -1. Objects stand in raster order of their cells."""
 
     count: np.ndarray  # [n]
-    cell: np.ndarray  # [n, 4]
-    shape: np.ndarray  # [n, 4]
-    colour: np.ndarray  # [n, 4]
-    size: np.ndarray  # [n, 4]
+    cell: np.ndarray  # [n, 4], like the next three
+    shape: np.ndarray
+    colour: np.ndarray
+    size: np.ndarray
 
     def __len__(self) -> int:
         return len(self.count)
 
+    def factors(self) -> dict[str, np.ndarray]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     def objects(self, row: int) -> list[SceneObject]:
-        return [
-            SceneObject(CELLS[cell], SHAPES[shape], COLOURS[colour], SIZES[size])
-            for cell, shape, colour, size in zip(
-                *(a[row, : self.count[row]] for a in (self.cell, self.shape, self.colour, self.size)), strict=True
-            )
-        ]
+        columns = (a[row, : self.count[row]] for a in (self.cell, self.shape, self.colour, self.size))
+        return [SceneObject(CELLS[c], SHAPES[s], COLOURS[k], SIZES[z]) for c, s, k, z in zip(*columns, strict=True)]
+
+    @staticmethod
+    def blank(n: int) -> Scenes:
+        """n scenes without objects, to be filled in."""
+        return Scenes(np.zeros(n, dtype=np.int64), *(np.full((n, MAX_OBJECTS), -1) for _ in WORDS))
 
     @staticmethod
     def of(objects: Sequence[Sequence[SceneObject]]) -> Scenes:
         """Scenes from lists of objects (for rendering a scene of your own)."""
-        n = len(objects)
-        out = Scenes(np.array([len(o) for o in objects], dtype=np.int64), *(np.full((n, MAX_OBJECTS), -1) for _ in range(4)))
+        out = Scenes.blank(len(objects))
         for row, scene in enumerate(objects):
-            if not 1 <= len(scene) <= MAX_OBJECTS or len({o.cell for o in scene}) < len(scene):
-                cells = len({o.cell for o in scene})
+            cells = len({o.cell for o in scene})
+            if not 1 <= len(scene) <= MAX_OBJECTS or cells < len(scene):
                 raise ValueError(f"scene {row} has {len(scene)} objects in {cells} cells; expected 1-4 in distinct cells")
+            out.count[row] = len(scene)
             for k, item in enumerate(sorted(scene, key=lambda o: CELLS.index(o.cell))):
-                out.cell[row, k], out.shape[row, k] = CELLS.index(item.cell), SHAPES.index(item.shape)
-                out.colour[row, k], out.size[row, k] = COLOURS.index(item.colour), SIZES.index(item.size)
+                for factor, words in WORDS.items():
+                    getattr(out, factor)[row, k] = words.index(getattr(item, factor))
         return out
 
 
@@ -175,20 +182,17 @@ def sample_scenes(split: str, seed: int, index: np.ndarray) -> Scenes:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
     index = np.asarray(index, dtype=np.int64)
-    out = Scenes(np.zeros(len(index), dtype=np.int64), *(np.full((len(index), MAX_OBJECTS), -1) for _ in range(4)))
-    pending, wanted = np.arange(len(index)), out.count
+    out, pending, wanted = Scenes.blank(len(index)), np.arange(len(index)), None
     for attempt in range(_MAX_ATTEMPTS):
         if not len(pending):
             return out
         # Salts of the splits differ, so that equal indices do not share draws.
         draw = _draw(seed, 1 + SPLITS.index(split) + 8 * attempt, index[pending])
         # The share of single-object scenes must not grow with the rejections of the others: fix the count first.
-        if not attempt:
-            wanted = draw.count.copy()
+        wanted = draw.count if wanted is None else wanted
         ok = (draw.count == wanted[pending]) & _admissible(draw, split)
-        rows = pending[ok]
-        for field in ("count", "cell", "shape", "colour", "size"):
-            getattr(out, field)[rows] = getattr(draw, field)[ok]
+        for factor, values in out.factors().items():
+            values[pending[ok]] = getattr(draw, factor)[ok]
         pending = pending[~ok]
     raise AssertionError("rejection sampling did not end")
 
@@ -232,23 +236,19 @@ def _coverage(shape: str, diameter: float, box: int, dx: float, dy: float, overs
 @lru_cache(maxsize=8)
 def sprite_bank(image_size: int, jitter: float = 1.0) -> np.ndarray:
     """Coverage of every (shape, size, jitter y, jitter x): [5, 2, 3, 3, box, box], read-only."""
-    scale = image_size / 32
-    box = box_size(image_size)
-    bank = np.stack(
-        [
-            _coverage(shape, _DIAMETER[size] * scale, box, dx * jitter * scale, dy * jitter * scale)
-            for shape in SHAPES
-            for size in SIZES
-            for dy in JITTER_STEPS
-            for dx in JITTER_STEPS
-        ]
-    ).reshape(len(SHAPES), len(SIZES), len(JITTER_STEPS), len(JITTER_STEPS), box, box)
+    scale, box = image_size / 32, box_size(image_size)
+    steps = JITTER_STEPS * jitter * scale
+    kinds = itertools.product(SHAPES, SIZES, steps, steps)
+    bank = np.stack([_coverage(shape, _DIAMETER[size] * scale, box, dx, dy) for shape, size, dy, dx in kinds])
+    bank = bank.reshape(len(SHAPES), len(SIZES), len(steps), len(steps), box, box)
     bank.setflags(write=False)
     return bank
 
 
 def box_size(image_size: int) -> int:
-    """Side of the square box, in pixels, that holds any object with its jitter."""
+    """Side of the square box, in pixels, that holds any object with its jitter; ValueError for a size that does not divide."""
+    if image_size < 32 or image_size % 16:
+        raise ValueError(f"image_size is {image_size}; expected a multiple of 16, at least 32")
     return 12 * image_size // 32
 
 
@@ -263,8 +263,6 @@ def render(scenes: Scenes, nuisance: dict[str, np.ndarray], image_size: int = 32
 
     pixel = brightness * ((1 - alpha) * (grey + gradient . (x, y) + texture) + alpha * colour), alpha = coverage.
     """
-    if image_size < 32 or image_size % 16:
-        raise ValueError(f"image_size is {image_size}; expected a multiple of 16, at least 32")
     n, box = len(scenes), box_size(image_size)
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size * 2 - 1
     slope_x, slope_y = nuisance["gradient"][:, 0, None, None], nuisance["gradient"][:, 1, None, None]
@@ -286,11 +284,13 @@ def render(scenes: Scenes, nuisance: dict[str, np.ndarray], image_size: int = 32
     return np.ascontiguousarray(np.clip(images, 0, 1).transpose(0, 3, 1, 2))
 
 
+@dataclass(repr=False, eq=False)
 class Shapes(torch.utils.data.Dataset):
     """Scenes with known factors, drawn on demand: nothing is stored, scene ``i`` depends only on (seed, split, i).
 
     Items are mappings ``id`` (stable string), ``images`` [3, H, W] float in [0, 1], ``texts`` (a caption), ``factors``
-    (tensors, see :meth:`factors`). ``nuisance_seed`` re-draws only what captions never mention.
+    (tensors: those of :class:`Scenes` and of :func:`sample_nuisance`). ``nuisance_seed`` (default: ``seed``) re-draws only what
+    captions never mention; ``fixed`` holds scenes of your own, see :meth:`of`.
 
     Raises:
         ValueError: unknown split or texture, n < 1, image size not a multiple of 16 or below 32.
@@ -301,31 +301,26 @@ class Shapes(torch.utils.data.Dataset):
         torch.Size([3, 32, 32])
     """
 
-    def __init__(
-        self,
-        split: str = "train",
-        n: int = 1024,
-        seed: int = 0,
-        image_size: int = 32,
-        nuisance: Nuisance | None = None,
-        nuisance_seed: int | None = None,
-        style: str = "mixed",
-        scenes: Scenes | None = None,
-    ):
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
-        if n < 1:
-            raise ValueError(f"n is {n}; expected at least one scene")
-        if image_size < 32 or image_size % 16:
-            raise ValueError(f"image_size is {image_size}; expected a multiple of 16, at least 32")
+    split: str = "train"
+    n: int = 1024
+    seed: int = 0
+    image_size: int = 32
+    nuisance: Nuisance = Nuisance()
+    nuisance_seed: int = None  # type: ignore[assignment]
+    style: str = "mixed"
+    fixed: Scenes | None = None
+
+    def __post_init__(self) -> None:
         from umm_kit.data.language import STYLES
 
-        if style != "mixed" and style not in STYLES:
-            raise ValueError(f"style is {style!r}; expected 'mixed' or one of {STYLES}")
-        self.split, self.n, self.seed, self.image_size, self.style = split, n, seed, image_size, style
-        self.nuisance = nuisance or Nuisance()
-        self.nuisance_seed = seed if nuisance_seed is None else nuisance_seed
-        self._fixed = scenes
+        if self.split not in SPLITS:
+            raise ValueError(f"split is {self.split!r}; expected one of {SPLITS}")
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}; expected at least one scene")
+        if self.style not in ("mixed", *STYLES):
+            raise ValueError(f"style is {self.style!r}; expected 'mixed' or one of {STYLES}")
+        box_size(self.image_size)
+        self.nuisance_seed = self.seed if self.nuisance_seed is None else self.nuisance_seed
 
     def __len__(self) -> int:
         return self.n
@@ -344,9 +339,9 @@ class Shapes(torch.utils.data.Dataset):
     def scenes(self, indices: Sequence[int] | np.ndarray) -> Scenes:
         """Said factors of the given scenes."""
         index = self._index(indices)
-        if self._fixed is None:
+        if self.fixed is None:
             return sample_scenes(self.split, self.seed, index)
-        return Scenes(*(getattr(self._fixed, f)[index] for f in ("count", "cell", "shape", "colour", "size")))
+        return Scenes(*(values[index] for values in self.fixed.factors().values()))
 
     def objects(self, i: int) -> list[SceneObject]:
         """Objects of scene i in raster order."""
@@ -356,20 +351,18 @@ class Shapes(torch.utils.data.Dataset):
         """Images [n, 3, H, W]; another ``nuisance_seed`` renders the same captions under other nuisances."""
         return self._render(self.scenes(indices), self._index(indices), nuisance_seed)[0]
 
-    def _render(
-        self, scenes: Scenes, index: np.ndarray, nuisance_seed: int | None = None
-    ) -> tuple[Tensor, dict[str, np.ndarray]]:
-        values = sample_nuisance(self.nuisance, self.nuisance_seed if nuisance_seed is None else nuisance_seed, index)
+    def _render(self, scenes: Scenes, index: np.ndarray, seed: int | None = None) -> tuple[Tensor, dict[str, np.ndarray]]:
+        values = sample_nuisance(self.nuisance, self.nuisance_seed if seed is None else seed, index)
         return torch.from_numpy(render(scenes, values, self.image_size, self.nuisance.jitter)), values
 
     def caption(self, i: int, style: str | None = None) -> str:
         """The caption of scene i, in its own style or a named one."""
-        return self._caption(self.objects(i), self.draws([i], 1)[0, 0], style or self.style)
+        return self._caption(self.objects(i), self.draws([i], 1)[0, 0], style)
 
-    @staticmethod
-    def _caption(objects: list[SceneObject], u: float, style: str) -> str:
+    def _caption(self, objects: list[SceneObject], u: float, style: str | None = None) -> str:
         from umm_kit.data.language import caption, pick_style
 
+        style = style or self.style
         return caption(objects, pick_style(objects, u) if style == "mixed" else style)
 
     def draws(self, indices: Sequence[int] | np.ndarray, n: int, stream: int = 0) -> np.ndarray:
@@ -393,13 +386,12 @@ class Shapes(torch.utils.data.Dataset):
         """For each scene a text to draw it from: its caption, or a shorter prompt that is true of it."""
         from umm_kit.data.language import CATEGORIES, join, phrase, prompt
 
-        scenes, u = self.scenes(indices), self.draws(indices, 3, stream=2)
-        styles, out = self.draws(indices, 1)[:, 0], []
-        for row, draws in enumerate(u):
+        scenes, styles, out = self.scenes(indices), self.draws(indices, 1)[:, 0], []
+        for row, draws in enumerate(self.draws(indices, 3, stream=2)):
             objects = scenes.objects(row)
             short = [text for c in CATEGORIES if (text := prompt(objects, c))]
             short = short or [join([phrase(None, o.colour, o.shape) for o in objects])]
-            out.append(self._caption(objects, styles[row], self.style) if draws[0] < 0.5 else short[int(draws[1] * len(short))])
+            out.append(self._caption(objects, styles[row]) if draws[0] < 0.5 else short[int(draws[1] * len(short))])
         return out
 
     def __getitem__(self, i: int) -> dict:
@@ -408,16 +400,14 @@ class Shapes(torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int] | np.ndarray) -> list[dict]:
         """A batch at once: rendering is vectorised over scenes (the DataLoader calls this)."""
         index = self._index(indices)
-        scenes = self.scenes(index)
+        scenes, styles = self.scenes(index), self.draws(index, 1)[:, 0]
         images, nuisance = self._render(scenes, index)
-        styles = self.draws(index, 1)[:, 0]
-        factors = {f: torch.from_numpy(getattr(scenes, f)) for f in ("count", "cell", "shape", "colour", "size")}
-        factors |= {k: torch.from_numpy(np.asarray(v)) for k, v in nuisance.items()}
+        factors = {k: torch.from_numpy(np.asarray(v)) for k, v in (scenes.factors() | nuisance).items()}
         return [
             {
                 "id": f"{self.split}-{self.seed}-{self.nuisance_seed}-{i}",
                 "images": images[row],
-                "texts": self._caption(scenes.objects(row), styles[row], self.style),
+                "texts": self._caption(scenes.objects(row), styles[row]),
                 "factors": {k: v[row] for k, v in factors.items()},
             }
             for row, i in enumerate(index)
@@ -429,13 +419,12 @@ class Shapes(torch.utils.data.Dataset):
     def with_nuisance(self, nuisance_seed: int | None = None, **strengths: float | str) -> Shapes:
         """The same scenes and captions under other nuisance draws or strengths."""
         seed = self.nuisance_seed if nuisance_seed is None else nuisance_seed
-        changed = replace(self.nuisance, **strengths)  # type: ignore[arg-type]
-        return Shapes(self.split, self.n, self.seed, self.image_size, changed, seed, self.style, self._fixed)
+        return replace(self, nuisance_seed=seed, nuisance=replace(self.nuisance, **strengths))  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, objects: Sequence[Sequence[SceneObject]], seed: int = 0, **options) -> Shapes:
         """Scenes of your own, from lists of :class:`SceneObject`."""
-        return cls("test", len(objects), seed, scenes=Scenes.of(objects), **options)
+        return cls("test", len(objects), seed, fixed=Scenes.of(objects), **options)
 
     @classmethod
     def anchors(cls, factor: str = "colour", n: int = 10, variants: int = 4, seed: int = 0, **options) -> Shapes:
@@ -444,20 +433,16 @@ class Shapes(torch.utils.data.Dataset):
         Item ``a * variants + v`` is variant v of anchor a; v = 0 is the anchor itself. ``factor`` is "colour", "shape",
         "cell", "size" (2 variants) or "nuisance" (same scene, other background, jitter and texture).
         """
-        values = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "cell": CELLS}
-        if factor != "nuisance" and factor not in values:
-            raise ValueError(f"factor is {factor!r}; expected 'nuisance' or one of {sorted(values)}")
-        if factor != "nuisance" and variants > len(values[factor]):
-            raise ValueError(f"{variants} variants of {factor} were asked for; it has {len(values[factor])} values")
+        if factor not in ("nuisance", *WORDS):
+            raise ValueError(f"factor is {factor!r}; expected 'nuisance' or one of {sorted(WORDS)}")
+        if factor in WORDS and variants > len(WORDS[factor]):
+            raise ValueError(f"{variants} variants of {factor} were asked for; it has {len(WORDS[factor])} values")
         base, scenes = cls("test", n, seed), []
         for a in range(n):
-            objects = base.objects(a)
-            for v in range(variants):
-                if factor == "nuisance" or v == 0:
-                    scenes.append(objects)
-                    continue
-                # Walk through the factor's other values, skipping cells that are taken.
-                taken = {o.cell for o in objects[1:]} if factor == "cell" else set()
-                other = [w for w in values[factor] if w != getattr(objects[0], factor) and w not in taken]
-                scenes.append([replace(objects[0], **{factor: other[(v - 1) % len(other)]}), *objects[1:]])
+            first, *rest = base.objects(a)
+            # Walk through the factor's other values, skipping cells that are taken.
+            taken = {getattr(first, factor, ""), *(o.cell for o in rest)}
+            other = [word for word in WORDS.get(factor, ()) if word not in taken]
+            changed = [replace(first, **{factor: other[v % len(other)]}) if other else first for v in range(variants - 1)]
+            scenes += [[o, *rest] for o in (first, *changed)]
         return cls.of(scenes, seed=seed, **options)

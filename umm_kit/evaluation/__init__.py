@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from umm_kit.data.imagetext import Digits
+from umm_kit.data.digits import Digits
 from umm_kit.data.shapes import Shapes
 from umm_kit.evaluation import generation, understanding
 from umm_kit.evaluation.understanding import Examiner
@@ -47,14 +47,15 @@ class Evaluation:
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
         """Metric -> value with its 95 % bootstrap interval; metrics of fewer than two items have none and are left out."""
-        return {metric: self._estimate(metric) for metric, outcomes in self.items.items() if len(outcomes) > 1}
-
-    def _estimate(self, metric: str) -> Estimate:
-        values = list(self.items[metric].values())
-        if not isinstance(values[0], float | int):
-            numerators, denominators = zip(*values, strict=True)
-            return bootstrap_ratio(numerators, denominators)
-        return bootstrap(values, strata=list(self.strata[metric].values()) if metric in self.strata else None)
+        out: dict[str, Estimate] = {}
+        for metric, outcomes in self.items.items():
+            values, strata = list(outcomes.values()), self.strata.get(metric)
+            if len(values) > 1 and isinstance(values[0], float | int):
+                out[metric] = bootstrap(values, strata=list(strata.values()) if strata else None)
+            elif len(values) > 1:
+                numerators, denominators = zip(*values, strict=True)
+                out[metric] = bootstrap_ratio(numerators, denominators)
+        return out
 
     def __getitem__(self, metric: str) -> Estimate:
         if metric not in self.estimates:
@@ -88,23 +89,22 @@ class Evaluation:
         return cls(**{key: content[key] for key in ("items", "strata", "chance", "notes", "record")})
 
 
-def _tasks(data: Any) -> dict[str, list[Callable[[Examiner, Any], None]]]:
-    """What can be measured on this kind of data."""
-    if isinstance(data, Shapes):
-        return {
-            "captions": [understanding.scene_captions, understanding.heldout_captions],
-            "questions": [understanding.scene_questions],
-            "generation": [generation.scene_prompts],
-            "inpainting": [generation.scene_inpainting],
-        }
-    if isinstance(data, Digits):
-        return {
-            "captions": [understanding.pair_captions],
-            "questions": [understanding.digit_questions],
-            "generation": [generation.digit_prompts],
-            "reconstruction": [generation.reconstruction],
-        }
-    return {"captions": [understanding.pair_captions], "reconstruction": [generation.reconstruction]}
+#: what can be measured on each kind of data, the last on any: task -> measures
+TASKS: dict[type, dict[str, list[Callable[[Examiner, Any], None]]]] = {
+    Shapes: {
+        "captions": [understanding.scene_captions, understanding.heldout_captions],
+        "questions": [understanding.scene_questions],
+        "generation": [generation.scene_prompts],
+        "inpainting": [generation.scene_inpainting],
+    },
+    Digits: {
+        "captions": [understanding.pair_captions],
+        "questions": [understanding.digit_questions],
+        "generation": [generation.digit_prompts],
+        "reconstruction": [generation.reconstruction],
+    },
+    object: {"captions": [understanding.pair_captions], "reconstruction": [generation.reconstruction]},
+}
 
 
 def evaluate(
@@ -141,15 +141,14 @@ def evaluate(
     Example:
         >>> uk.evaluate(model, uk.Shapes("test", n=256), tasks=["captions"]).to_frame()  # doctest: +SKIP
     """
-    known = _tasks(data)
+    known = next(tasks for kind, tasks in TASKS.items() if isinstance(data, kind))
     wanted = list(known) if tasks is None else list(tasks)
     if unknown := sorted(set(wanted) - set(known)):
         raise ValueError(f"tasks {unknown} cannot be measured on {type(data).__name__}; expected some of {list(known)}")
     if min(n_questions, n_prompts, len(data)) < 2 or batch_size < 1:
         raise ValueError(f"{n_questions=}, {n_prompts=}, {batch_size=}, {len(data)} items; expected at least 2 (batch_size 1)")
     if isinstance(data, Shapes):  # draw the scenes once: each task would draw them again
-        drawn = data.scenes(range(len(data)))
-        data = Shapes(data.split, len(data), data.seed, data.image_size, data.nuisance, data.nuisance_seed, data.style, drawn)
+        data = replace(data, fixed=data.scenes(range(len(data))))
     exam = Examiner(model, decoding, batch_size, seed, progress, n_questions, n_prompts)
     training, start = getattr(model, "training", False), time.perf_counter()
     if training:

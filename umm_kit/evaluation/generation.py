@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from umm_kit.data.imagetext import Digits, to_scan
-from umm_kit.data.language import CATEGORIES, Prompt, parse, prompts
+from umm_kit.data.digits import Digits, to_scan
+from umm_kit.data.language import CATEGORIES, parse, prompts
 from umm_kit.data.oracle import Oracle, score_prompt
-from umm_kit.data.shapes import CELLS, HELD_OUT, SceneObject, Shapes, box_size, cell_origin
-from umm_kit.evaluation.understanding import Examiner, majority
+from umm_kit.data.shapes import CELLS, HELD_OUT, Shapes, box_size, cell_origin
+from umm_kit.evaluation.understanding import Examiner, items_of, majority
 
 _STREAM = 200  # of Shapes.draws: which object is hidden
 
@@ -25,30 +25,25 @@ def scene_prompts(exam: Examiner, data: Shapes) -> None:
     category knows few different prompts (five for single_object) the interval is over pictures, not over prompts. Chance
     is the picture drawn for the next prompt of the category.
     """
-    _draw(exam, data, prompts(data.split, exam.n_prompts, data.seed))
-    if data.split != "heldout":
-        wanted = prompts("heldout", exam.n_prompts, data.seed, ("colors", "color_attribution"))
-        wanted = [p for p in wanted if any((q.colour, q.shape) in HELD_OUT for q in parse(p.text).phrases)]
-        _draw(exam, data, wanted, heldout=True)
-
-
-def _draw(exam: Examiner, data: Shapes, asked: list[Prompt], heldout: bool = False) -> None:
-    oracle, readings = Oracle(data.image_size, data.nuisance.jitter), []
-    for chunk in exam.batches(asked, "held-out prompts" if heldout else "prompts"):
-        readings += oracle.read(exam.generate([p.text for p in chunk], chunk[0].id))
-    scores = [score_prompt(p.text, reading) for p, reading in zip(asked, readings, strict=True)]
-    for p, score in zip(asked, scores, strict=True):
-        exam.add("generation_heldout" if heldout else "generation_overall", p.id, float(score.ok), p.category)
-        if not heldout:
-            exam.add("generation_strict", p.id, float(score.strict), p.category)
-            exam.add(f"generation_{p.category}", p.id, float(score.ok))
-    if heldout:
-        return
+    oracle = Oracle(data.image_size, data.nuisance.jitter)
+    asked = prompts(data.split, exam.n_prompts, data.seed)
+    readings = oracle.read(exam.generate([p.text for p in asked], [p.id for p in asked], "prompts"))
+    for p, reading in zip(asked, readings, strict=True):
+        score = score_prompt(p.text, reading)
+        exam.add("generation_overall", p.id, float(score.ok), p.category)
+        exam.add("generation_strict", p.id, float(score.strict), p.category)
+        exam.add(f"generation_{p.category}", p.id, float(score.ok))
     for category in CATEGORIES:
         mine = [k for k, p in enumerate(asked) if p.category == category]
         met = [score_prompt(asked[k].text, readings[other]).ok for k, other in zip(mine, mine[1:] + mine[:1], strict=True)]
         exam.chance[f"generation_{category}"] = sum(met) / len(met)
     exam.chance["generation_overall"] = sum(exam.chance[f"generation_{c}"] for c in CATEGORIES) / len(CATEGORIES)
+    if data.split != "heldout":
+        asked = prompts("heldout", exam.n_prompts, data.seed, ("colors", "color_attribution"))
+        asked = [p for p in asked if any((q.colour, q.shape) in HELD_OUT for q in parse(p.text).phrases)]
+        readings = oracle.read(exam.generate([p.text for p in asked], [p.id for p in asked], "held-out prompts"))
+        for p, reading in zip(asked, readings, strict=True):
+            exam.add("generation_heldout", p.id, float(score_prompt(p.text, reading).ok), p.category)
 
 
 def object_mask(cells: np.ndarray, grid: tuple[int, int], image_size: int) -> torch.Tensor:
@@ -70,21 +65,20 @@ def scene_inpainting(exam: Examiner, data: Shapes) -> None:
     inpainting_objects: the hidden object is back in its cell with its shape, colour and size; chance is the most frequent
     (shape, colour, size). inpainting_kept: share of the other objects that still read right.
     """
-    oracle, hidden = Oracle(data.image_size, data.nuisance.jitter), []
-    for rows in exam.batches(range(min(len(data), exam.n_questions)), "inpainting"):
-        batch, scenes, u = data.__getitems__(rows), data.scenes(rows), data.draws(rows, 1, _STREAM)[:, 0]
-        objects = [scenes.objects(k) for k in range(len(batch))]
-        targets: list[SceneObject] = [o[int(u[k] * len(o))] for k, o in enumerate(objects)]
-        mask = object_mask(np.array([CELLS.index(t.cell) for t in targets]), exam.model.grid, data.image_size)
-        images = torch.stack([item["images"] for item in batch])
-        drawn = exam.generate([data.caption(i, "placed") for i in rows], f"{batch[0]['id']} inpainting", images=images, mask=mask)
-        for item, reading, scene, target in zip(batch, oracle.read(drawn), objects, targets, strict=True):
-            exam.add("inpainting_objects", item["id"], float(target in reading.objects))
-            if len(scene) > 1:
-                others = [o in reading.objects for o in scene if o != target]
-                exam.add("inpainting_kept", item["id"], (sum(others), len(others)))
-        hidden += [(t.shape, t.colour, t.size) for t in targets]
-    exam.chance["inpainting_objects"] = majority(hidden)
+    rows = exam.rows(data)
+    items, scenes, u = data.__getitems__(rows), data.scenes(rows), data.draws(rows, 1, _STREAM)[:, 0]
+    objects = [scenes.objects(k) for k in rows]
+    hidden = [scene[int(x * len(scene))] for scene, x in zip(objects, u, strict=True)]
+    mask = object_mask(np.array([CELLS.index(o.cell) for o in hidden]), exam.model.grid, data.image_size)
+    texts, ids = [data.caption(i, "placed") for i in rows], [item["id"] for item in items]
+    images = torch.stack([item["images"] for item in items])
+    drawn = exam.generate(texts, ids, "inpainting", " inpainting", images=images, mask=mask)
+    readings = Oracle(data.image_size, data.nuisance.jitter).read(drawn)
+    for key, reading, scene, target in zip(ids, readings, objects, hidden, strict=True):
+        exam.add("inpainting_objects", key, float(target in reading.objects))
+        if others := [o in reading.objects for o in scene if o != target]:
+            exam.add("inpainting_kept", key, (sum(others), len(others)))
+    exam.chance["inpainting_objects"] = majority([(o.shape, o.colour, o.size) for o in hidden])
 
 
 @lru_cache(maxsize=1)
@@ -93,27 +87,18 @@ def digit_classifier() -> Any:
     from sklearn.svm import SVC
 
     scans = Digits("train")
-    pixels = to_scan(torch.stack([scans[i]["images"] for i in range(len(scans))])).flatten(1).numpy()
-    return SVC(gamma=0.001).fit(pixels, [int(scans[i]["factors"]["digit"]) for i in range(len(scans))])
-
-
-def _recognise(images: torch.Tensor) -> list[int]:
-    return digit_classifier().predict(to_scan(images.detach().to("cpu", torch.float32)).flatten(1).numpy()).tolist()
+    return SVC(gamma=0.001).fit(to_scan(scans.pixels).flatten(1).numpy(), scans.digits)
 
 
 def digit_prompts(exam: Examiner, data: Digits) -> None:
     """generation_digit: drawn digits that the classifier recognises; generation_digit_ceiling: the same on real test scans."""
-    digits = []
-    for rows in exam.batches(range(min(len(data), exam.n_questions)), "digits"):
-        batch = [data[i] for i in rows]
-        seen = _recognise(exam.generate([item["texts"] for item in batch], batch[0]["id"]))
-        for item, digit in zip(batch, seen, strict=True):
-            exam.add("generation_digit", item["id"], float(digit == int(item["factors"]["digit"])))
-            digits.append(int(item["factors"]["digit"]))
-    exam.chance["generation_digit"] = majority(digits)
-    for item in (test := Digits("test")):
-        seen = _recognise(item["images"][None])
-        exam.add("generation_digit_ceiling", item["id"], float(seen == [int(item["factors"]["digit"])]))
+    n, test = len(exam.rows(data)), Digits("test")
+    drawn = exam.generate(data.texts[:n], data.ids[:n], "digits")
+    exam.chance["generation_digit"] = majority(data.digits[:n].tolist())
+    for metric, scans, pixels in (("generation_digit", data, drawn), ("generation_digit_ceiling", test, test.pixels)):
+        seen = digit_classifier().predict(to_scan(pixels).flatten(1).numpy())
+        for key, digit, said in zip(scans.ids, scans.digits, seen, strict=False):
+            exam.add(metric, key, float(said == digit))
     exam.notes.append(f"generation_digit_ceiling: the classifier on {len(test)} real test scans; no drawing can be held to more")
 
 
@@ -122,8 +107,8 @@ def reconstruction(exam: Examiner, data: Any) -> None:
     tokenizer = getattr(exam.model, "image_tokenizer", None)
     if tokenizer is None:
         raise NotImplementedError("the model has no image_tokenizer to reconstruct with")
-    for rows in exam.batches(range(len(data)), "reconstruction"):
-        batch = [data[i] for i in rows]
+    for part in exam.batches(len(data), "reconstruction"):
+        batch = items_of(data, range(len(data))[part])
         images = torch.stack([item["images"] for item in batch])
         errors = (tokenizer.reconstruct(images.to(exam.model.device)).float().cpu() - images).abs().mean((1, 2, 3))
         for item, error in zip(batch, errors.tolist(), strict=True):

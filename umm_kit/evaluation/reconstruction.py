@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from umm_kit.data.oracle import Oracle, audit, corrupt
 from umm_kit.data.shapes import PATCH_GRID, Scenes, Shapes, render
+from umm_kit.models.base import collate
 from umm_kit.models.tokenizers import codebook_use
 
 
@@ -34,11 +35,9 @@ def nuisance_recovery(images: Tensor, factors: Mapping[str, Tensor]) -> dict[str
     size, patch = pixels.shape[-1], pixels.shape[-1] // PATCH_GRID
     scenes = Scenes(f["count"], f["cell"], f["shape"], f["colour"], f["size"])
     plain = {**{k: f[k] for k in ("grey", "gradient", "jitter", "texture")}, "brightness": np.ones_like(f["brightness"])}
-    strength = float(np.abs(f["jitter"]).max() / 0.5) if np.abs(f["jitter"]).max() else 0.0
-    reference = render(scenes, plain, size, strength).astype(np.float64)
+    reference = render(scenes, plain, size, 2 * float(np.abs(f["jitter"]).max())).astype(np.float64)
     colour = _chroma(reference)
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    found["brightness"] = ((_chroma(pixels) * colour).sum((1, 2, 3)) / (colour**2).sum((1, 2, 3)), f["brightness"])
+    found = {"brightness": ((_chroma(pixels) * colour).sum((1, 2, 3)) / (colour**2).sum((1, 2, 3)), f["brightness"])}
 
     # Patches without an object or its edge, and not clipped at white.
     blocks = (len(pixels), PATCH_GRID, patch, PATCH_GRID, patch)
@@ -86,12 +85,9 @@ def audit_pictures(tokenizer: Any, data: Shapes, seed: int = 0, batch_size: int 
         ``oracle``: kind of picture -> :func:`umm_kit.data.oracle.audit`; ``nuisance_r2``: factor -> R^2 on originals and on
         reconstructions; ``codebook``: codes used, their number and perplexity; ``psnr_db`` of the reconstructions.
     """
-    n = len(data)
-    items = data.__getitems__(range(n))
-    images = torch.stack([item["images"] for item in items])
-    factors = {k: torch.stack([item["factors"][k] for item in items]) for k in items[0]["factors"]}
-    scenes = data.scenes(range(n))
-    objects = [scenes.objects(row) for row in range(n)]
+    rows = range(len(data))
+    batch, scenes = collate(data.__getitems__(rows)), data.scenes(rows)
+    images, factors, objects = batch["images"], batch["factors"], [scenes.objects(row) for row in rows]
     codes = torch.cat([tokenizer.encode(part) for part in images.split(batch_size)])
     again = torch.cat([tokenizer.decode(part) for part in codes.split(batch_size)]).float()
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from umm_kit.models.base import (
     draw_mask,
     token_losses,
 )
-from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, train_text_tokenizer
+from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, code_digits, train_text_tokenizer
 
 DESCRIBE = "describe"  # opens the segment in which a caption is asked for
 IGNORE = -100
@@ -67,7 +67,7 @@ class MaskedUMMConfig(PretrainedConfig):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys, under an additive mask."""
+    """Multi-head attention under an additive mask."""
 
     def __init__(self, config: MaskedUMMConfig):
         super().__init__()
@@ -100,10 +100,38 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.attention = Attention(config)
         self.mlp = nn.Sequential(nn.Linear(d, config.mlp_ratio * d), nn.ReLU(), nn.Linear(config.mlp_ratio * d, d))
+        for last in (self.attention.out, self.mlp[-1]):  # the sum over all residual branches keeps its scale
+            last.init_gain = (2 * config.num_layers) ** -0.5  # type: ignore[assignment]
 
     def forward(self, x: Tensor, mask: Tensor, cache: list[Tensor] | None = None) -> Tensor:
         x = x + self.attention(self.norm1(x), mask, cache)
         return x + self.mlp(self.norm2(x))
+
+
+class CodeTable(nn.Module):
+    """A vector for each image code: the sum of those of its FSQ digits, plus one of its own that starts at zero.
+
+    Codes that share a digit look alike. Shared vectors let a word teach all codes of a colour at once, where unrelated
+    ones would each have to be met often. Called on states [..., d], it scores all codes: logits [..., K].
+    """
+
+    def __init__(self, levels: Sequence[int], hidden_size: int):
+        super().__init__()
+        self.levels = tuple(levels)
+        self.of_digit = nn.Embedding(sum(self.levels), hidden_size)
+        self.of_code = nn.Embedding(math.prod(self.levels), hidden_size)
+        self.of_digit.init_gain = len(self.levels) ** -0.5  # type: ignore[assignment]
+        self.of_code.init_gain = 0.0  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> Tensor:
+        """[K, d], differentiable."""
+        digits = code_digits(torch.arange(len(self.of_code.weight), device=self.of_code.weight.device), self.levels)
+        start = torch.tensor([0, *self.levels[:-1]], device=digits.device).cumsum(0)
+        return self.of_code.weight + self.of_digit(digits + start).sum(1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.weight)
 
 
 class MaskedUMM(PreTrainedModel):
@@ -129,27 +157,24 @@ class MaskedUMM(PreTrainedModel):
         self.codebook_size = self.image_tokenizer.codebook_size
         self.num_layers, self.hidden_size, self.image_size = config.num_layers, d, self.image_tokenizer.config.image_size
         self.embedding = nn.Embedding(config.text_vocab_size, d)
-        self.image_embedding = nn.Embedding(self.codebook_size + 1, d)  # the last row is <mask>
+        self.image_embedding, self.mask_embedding = CodeTable(self.image_tokenizer.levels, d), nn.Embedding(1, d)
         self.text_position = nn.Embedding(config.max_text, d)
         self.row, self.column = nn.Embedding(self.grid[0], d), nn.Embedding(self.grid[1], d)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(d)
         self.text_head = nn.Linear(d, config.text_vocab_size, bias=False)
-        self.image_head = nn.Linear(d, self.codebook_size, bias=False)
+        self.image_head = CodeTable(self.image_tokenizer.levels, d)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        d = self.config.hidden_size
+        # transformers draws each weight once, the children's first: a parent cannot rescale what a child has drawn,
+        # so modules that start smaller carry their factor themselves.
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=d**-0.5)
+            nn.init.normal_(module.weight, std=getattr(module, "init_gain", 1.0) * module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=d**-0.5)
-        # Residual branches start small, so that the sum over blocks keeps its scale.
-        if isinstance(module, Block):
-            for last in (module.attention.out, module.mlp[-1]):
-                nn.init.normal_(cast(nn.Linear, last).weight, std=d**-0.5 / math.sqrt(2 * self.config.num_layers))
+            nn.init.normal_(module.weight, std=getattr(module, "init_gain", 1.0) * module.embedding_dim**-0.5)
 
     # --- words ---------------------------------------------------------------------------------------------------------
 
@@ -207,7 +232,8 @@ class MaskedUMM(PreTrainedModel):
 
     def _embed_image(self, codes: Tensor) -> Tensor:
         place = (self.row.weight[:, None] + self.column.weight[None]).flatten(0, 1)
-        return self.image_embedding(codes) + place
+        table = torch.cat([self.image_embedding.weight, self.mask_embedding.weight])  # the last row is <mask>
+        return nn.functional.embedding(codes, table) + place
 
     def _blocks(
         self, x: Tensor, allowed: Tensor, span: slice, layers: Sequence[int] = (), caches: list[list[Tensor]] | None = None
@@ -270,6 +296,7 @@ class MaskedUMM(PreTrainedModel):
         understanding: Mapping[str, Tensor],
         captions: Tensor,
         mask: Tensor,
+        shown: Tensor | None = None,
         tokens: Tensor | None = None,
         understanding_weight: float = 1.0,
         generation_weight: float = 1.0,
@@ -279,19 +306,18 @@ class MaskedUMM(PreTrainedModel):
         Args:
             codes: [B, N]. understanding: packed segments, see :meth:`pack`. captions: [B, T], see :meth:`pack_captions`.
             mask: [B, N] bool, True = hidden.
+            shown: places in the batch of the images that ``understanding`` is about; all of them by default.
             tokens: [2] numbers of supervised text and image tokens to divide by; by default those of this batch.
         """
         out: dict[str, Tensor] = {}
         asked = understanding["labels"] != IGNORE
         tokens = torch.stack([asked.sum(), mask.sum()]) if tokens is None else tokens
         if understanding_weight:
-            logits = self.text_head(self._understanding(codes, understanding)[0][asked]).float()
-            out["understanding_loss"] = (
-                nn.functional.cross_entropy(logits, understanding["labels"][asked], reduction="sum") / tokens[0]
-            )
+            hidden = self._understanding(codes if shown is None else codes[shown], understanding)[0]
+            out["understanding_loss"] = summed_loss(self.text_head, hidden, understanding["labels"]) / tokens[0]
         if generation_weight:
-            logits = self.image_head(self._generation(codes, mask, captions)[0][mask]).float()
-            out["generation_loss"] = nn.functional.cross_entropy(logits, codes[mask], reduction="sum") / tokens[1]
+            hidden = self._generation(codes, mask, captions)[0]
+            out["generation_loss"] = summed_loss(self.image_head, hidden, torch.where(mask, codes, IGNORE)) / tokens[1]
         weights = {"understanding_loss": understanding_weight, "generation_loss": generation_weight}
         out["loss"] = torch.stack([weights[k] * v for k, v in out.items()]).sum()
         return out
@@ -516,6 +542,20 @@ class MaskedUMM(PreTrainedModel):
         tokenizer = ImageTokenizerConfig(channels=16, depth=1, levels=(4, 4, 4)).to_dict()
         config = MaskedUMMConfig(**{**small, "image_tokenizer": tokenizer, **sizes}, text_vocab_size=len(words))
         return cls(config, words).eval()
+
+
+def summed_loss(head: nn.Module, hidden: Tensor, labels: Tensor, multiple: int = 256) -> Tensor:
+    """Sum of cross-entropies of the labels [B, S] that are not IGNORE, given states [B, S, d].
+
+    The head runs on those rows alone, filled up to a multiple of ``multiple``: CPU kernels are made anew for each number
+    of rows, and kept, which over a long training fills the memory.
+    """
+    labels = labels.flatten()
+    rows = torch.nonzero(labels != IGNORE)[:, 0]
+    fill = -len(rows) % multiple
+    targets = nn.functional.pad(labels[rows], (0, fill), value=IGNORE)
+    logits = head(hidden.flatten(0, 1).index_select(0, nn.functional.pad(rows, (0, fill)))).float()
+    return nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
 
 
 def detokenize(words: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:

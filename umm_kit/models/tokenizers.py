@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -40,14 +41,25 @@ class ImageTokenizerConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class ResidualBlock(nn.Module):
-    """x + conv3x3(gelu(conv3x3(norm(x)))) at the token grid's resolution."""
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each position of [B, C, H, W]."""
 
-    def __init__(self, channels: int):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(gelu(conv(norm(x)))) at the token grid's resolution.
+
+    With ``kernel`` 1 a token sees nothing but itself: one group of a group norm over one position is a layer norm.
+    """
+
+    def __init__(self, channels: int, kernel: int = 3):
         super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(8, channels) if kernel > 1 else ChannelNorm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.conv2 = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.conv2.init_gain = 0.3  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(nn.functional.gelu(self.conv1(self.norm(x))))
@@ -66,6 +78,15 @@ def fsq(z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     digits = bounded.round()
     straight = bounded + (digits - bounded).detach()
     return straight / top * 2 - 1, digits.long()
+
+
+def code_digits(codes: Tensor, levels: Sequence[int]) -> Tensor:
+    """FSQ digits [..., k] of codes [...], the first level fastest: digit j is in {0, ..., levels[j] - 1}."""
+    digits, rest = [], codes
+    for level in levels:
+        digits.append(rest % level)
+        rest = rest // level
+    return torch.stack(digits, -1)
 
 
 class ImageTokenizer(PreTrainedModel):
@@ -95,8 +116,8 @@ class ImageTokenizer(PreTrainedModel):
         k = len(self.levels)
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(p),
-            nn.Conv2d(3 * p * p, c, 3, padding=1),
-            *(ResidualBlock(c) for _ in range(config.depth)),
+            nn.Conv2d(3 * p * p, c, 1),
+            *(ResidualBlock(c, kernel=1) for _ in range(config.depth)),
             nn.Conv2d(c, k, 1),
         )
         self.decoder = nn.Sequential(
@@ -105,7 +126,15 @@ class ImageTokenizer(PreTrainedModel):
             nn.Conv2d(c, 3 * p * p, 1),
             nn.PixelShuffle(p),
         )
+        for last in (self.encoder[-1], self.decoder[-2]):  # codes start near the middle of the lattice, pixels at grey
+            last.init_gain = 0.3  # type: ignore[assignment]
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):  # transformers' own default, std 0.02 everywhere, learns far more slowly
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=getattr(module, "init_gain", 1.0) * fan_in**-0.5)
+            nn.init.zeros_(cast(Tensor, module.bias))
 
     def _quantize(self, images: Tensor) -> tuple[Tensor, Tensor]:
         z = self.encoder(images * 2 - 1).permute(0, 2, 3, 1)
@@ -126,11 +155,7 @@ class ImageTokenizer(PreTrainedModel):
         """FSQ lattice points [B, N, k] of codes [B, N]."""
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
             raise ValueError(f"codes range from {int(codes.min())} to {int(codes.max())}; expected 0 to {self.codebook_size - 1}")
-        digits, rest = [], codes
-        for level in self.levels:
-            digits.append(rest % level)
-            rest = rest // level
-        return torch.stack(digits, -1) / (torch.tensor(self.levels, device=codes.device) - 1) * 2 - 1
+        return code_digits(codes, self.levels) / (torch.tensor(self.levels, device=codes.device) - 1) * 2 - 1
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] of codes [B, N]."""

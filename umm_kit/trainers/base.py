@@ -43,7 +43,8 @@ class UMMArguments(TrainingArguments):
     logging_steps: float = 20
     save_total_limit: int | None = 2
     muon: bool = field(
-        default=True, metadata={"help": "Muon on the matrices of the blocks, AdamW on everything else; False: AdamW alone."}
+        default=True,
+        metadata={"help": "Muon on the blocks' matrices and kernels, AdamW on the rest; False: AdamW alone."},
     )
     ema_decay: float = field(
         default=0.0, metadata={"help": "Decay of the averaged weights, which become the model at the end; 0 is off."}
@@ -61,8 +62,8 @@ class UMMArguments(TrainingArguments):
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) on hidden matrices and AdamW on the rest, behind one optimizer's face.
 
-    ``adjust_lr_fn="match_rms_adamw"`` scales Muon's updates to AdamW's root mean square, so that one learning rate and
-    one schedule serve both.
+    A convolution's kernel [out, in, h, w] is the matrix [out, in h w]. ``adjust_lr_fn="match_rms_adamw"`` scales Muon's
+    updates to AdamW's root mean square, so that one learning rate and one schedule serve both.
     """
 
     def __init__(
@@ -74,19 +75,26 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
     ):
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas)]
+        # Views of the same storage: what Muon writes to them is written to the model.
+        self.views = [(p, nn.Parameter(p.detach().view(len(p), -1))) for p in matrices]
         if matrices:
-            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            flat = [view for _, view in self.views]
+            self.parts.append(torch.optim.Muon(flat, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         super().__init__([{"params": [*others, *matrices]}], {"lr": lr})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p, view in self.views:
+            view.grad = None if p.grad is None else p.grad.view_as(view)
         for part in self.parts:
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none)
+        for p, _ in self.views:
+            p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [part.state_dict() for part in self.parts]}
@@ -146,7 +154,7 @@ class InterruptCallback(TrainerCallback):
 class Stream(torch.utils.data.Dataset):
     """An endless walk over a data set as ``length`` numbered examples: epoch after epoch, each in its own order.
 
-    Example k is (index into the data set, uniform draws that belong to k alone).
+    Example k is an item of the data set with ``number`` k, its ``index`` there, and uniform draws ``u`` that belong to k alone.
     """
 
     def __init__(self, data: Any, length: int, seed: int, draws: int = 8):
@@ -175,7 +183,8 @@ class Stream(torch.utils.data.Dataset):
         else:
             items = [self.data[i] for i in places]
         u = hash_uniform(stream_key(self.seed, 11_000_027, torch.tensor(numbers).numpy()), self.draws)
-        return [{**item, "index": place, "u": row} for item, place, row in zip(items, places, u, strict=True)]
+        extra = ({"number": k, "index": place, "u": row} for k, place, row in zip(numbers, places, u, strict=True))
+        return [{**item, **more} for item, more in zip(items, extra, strict=True)]
 
     def __getitem__(self, k: int) -> dict[str, Any]:
         return self.__getitems__([k])[0]
@@ -199,7 +208,9 @@ class UMMTrainer(Trainer):
         model = model or self.model
         if self.optimizer is None:  # type: ignore[has-type]
             named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            hidden = {id(p) for n, p in named if self.args.muon and p.ndim == 2 and "blocks." in n}
+            blocks = [m for m in model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
+            inside = {id(p) for block in blocks for p in block.parameters() if p.ndim > 1}
+            hidden = inside if self.args.muon else set()
             self.optimizer = MuonAdamW(
                 [p for _, p in named if id(p) in hidden], [p for _, p in named if id(p) not in hidden],
                 self.args.learning_rate, self.args.weight_decay, (self.args.adam_beta1, self.args.adam_beta2),
@@ -220,9 +231,9 @@ class UMMTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._parts = {}
         metrics = super().evaluate(*args, **kwargs)
-        metrics |= {f"eval_{k}": v for k, v in self._part_means().items()}
-        self.log({k: v for k, v in metrics.items() if k.endswith("_loss")})
-        return metrics
+        parts = {f"eval_{k}": v for k, v in self._part_means().items()}
+        self.log(parts)  # transformers has logged the sum
+        return metrics | parts
 
     def seconds(self) -> float:
         """Wall time of the run, with that of the runs it was resumed from up to their last log entry."""

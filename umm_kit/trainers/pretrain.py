@@ -18,6 +18,8 @@ from umm_kit.models.base import MASK_RATIO
 from umm_kit.models.masked import DESCRIBE, IGNORE, MaskedUMM, MaskedUMMConfig
 from umm_kit.models.tokenizers import ImageTokenizer, train_text_tokenizer
 from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record, world_mean, write_json
+from umm_kit.trainers.tokenizer import TokenizerConfig
+from umm_kit.trainers.tokenizer import train as train_tokenizer
 
 #: Text widths are padded to multiples of this: kernels are made anew for every new shape, and kept, so few shapes are fast
 #: and need little memory.
@@ -31,13 +33,18 @@ class PretrainConfig(UMMArguments):
     output_dir: str | None = "runs/masked"
     model: str = field(default="", metadata={"help": "Go on from this model (fine-tuning); empty starts a new one."})
     image_tokenizer: str = field(
-        default="runs/tokenizer", metadata={"help": "Folder of the trained image tokenizer of a new model."}
+        default="",
+        metadata={"help": "Trained image tokenizer of a new model; empty trains one first, in output_dir/image_tokenizer."},
     )
     data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
     hidden_size: int = 128
     num_layers: int = 10
     num_heads: int = 4
     questions: int = field(default=3, metadata={"help": "Questions per image beside its caption."})
+    understanding_every: int = field(
+        default=2,
+        metadata={"help": "Every how many-th image goes through the understanding flow too: drawing is the slower to learn."},
+    )
     understanding_weight: float = 1.0
     generation_weight: float = 1.0
     full_mask: float = field(
@@ -54,7 +61,7 @@ class PretrainConfig(UMMArguments):
     )
     max_steps: int = 6000
     per_device_train_batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     lr_scheduler_type: str = "warmup_stable_decay"
     decay_share: float = field(
         default=0.3, metadata={"help": "Share of the steps at the end in which the learning rate falls to 0."}
@@ -73,6 +80,11 @@ class PretrainConfig(UMMArguments):
     def __post_init__(self) -> None:
         if self.mask_schedule not in ("cosine", "flow"):
             raise ValueError(f"mask_schedule is {self.mask_schedule!r}; expected 'cosine' or 'flow'")
+        if self.understanding_every < 1 or self.per_device_train_batch_size % self.understanding_every:
+            raise ValueError(
+                f"per_device_train_batch_size {self.per_device_train_batch_size} is not a multiple of "
+                f"understanding_every {self.understanding_every}"
+            )
         for name in ("full_mask", "caption_dropout", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
@@ -113,12 +125,15 @@ class Collator:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         places, u = [item["index"] for item in items], np.stack([item["u"] for item in items])
-        asked = self.data.questions(places, self.config.questions) if hasattr(self.data, "questions") else [[] for _ in items]
-        segments = [[(DESCRIBE, item["texts"]), *more] for item, more in zip(items, asked, strict=True)]
+        shown = [i for i, item in enumerate(items) if item["number"] % self.config.understanding_every == 0] or [0]
+        read = [places[i] for i in shown]
+        asked = self.data.questions(read, self.config.questions) if hasattr(self.data, "questions") else [[] for _ in read]
+        segments = [[(DESCRIBE, items[i]["texts"]), *more] for i, more in zip(shown, asked, strict=True)]
         drawn = self.data.drawing_texts(places) if hasattr(self.data, "drawing_texts") else [item["texts"] for item in items]
         texts = ["" if row[2] < self.config.caption_dropout else text for text, row in zip(drawn, u, strict=True)]
         return {
             "images": torch.stack([item["images"] for item in items]),
+            "shown": torch.tensor(shown),
             "understanding": self.model.pack(segments, PAD_TO),
             "captions": self.model.pack_captions(texts, PAD_TO),
             "mask": self.masks(u),
@@ -161,10 +176,16 @@ class PretrainTrainer(UMMTrainer):
 
 
 def new_model(config: PretrainConfig, data: Any) -> MaskedUMM:
-    """An untrained model around a trained image tokenizer, with a text tokenizer made from the data's words."""
+    """An untrained model around a trained image tokenizer, with a text tokenizer made from the data's words.
+
+    Without a named image tokenizer, one is trained first (or its training resumed, or the finished one taken up again).
+    """
     from umm_kit.data.language import vocabulary_corpus
 
-    folder = Path(config.image_tokenizer)
+    folder = Path(config.image_tokenizer or f"{config.output_dir}/image_tokenizer")
+    if not config.image_tokenizer and not (folder / "config.json").exists():
+        train_tokenizer(TokenizerConfig(output_dir=str(folder), data=config.data, seed=config.seed, resume=True))
+        set_seed(config.seed)  # the model is the same whether its tokenizer was there or not
     if not (folder / "config.json").exists():
         raise ValueError(f"no image tokenizer in {folder}; train one with 'umm-kit train tokenizer --output_dir {folder}'")
     tokenizer = ImageTokenizer.from_pretrained(folder, use_safetensors=True, local_files_only=True)
@@ -201,7 +222,7 @@ def train(config: PretrainConfig) -> MaskedUMM:
         record = run_record(
             config, trainer.seconds(), trainer.state.log_history, parameters=model.num_parameters(only_trainable=True)
         )
-        made = Path(config.image_tokenizer) / "run.json"
+        made = Path(config.image_tokenizer or f"{config.output_dir}/image_tokenizer") / "run.json"
         if not config.model and made.exists():  # a new model rests on a tokenizer: how that was made belongs to its record
             record["image_tokenizer"] = {k: v for k, v in json.loads(made.read_text()).items() if k != "log"}
         write_json(Path(str(config.output_dir)) / "run.json", record)

@@ -22,16 +22,15 @@ class TokenizerConfig(UMMArguments):
     output_dir: str | None = "runs/tokenizer"
     data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
     levels: list[int] = field(
-        default_factory=lambda: [8, 5, 5, 5], metadata={"help": "FSQ levels; the codebook has their product."}
+        default_factory=lambda: [8, 8, 8, 5], metadata={"help": "FSQ levels; the codebook has their product."}
     )
     channels: int = 96
-    depth: int = 3
-    max_steps: int = 4500
+    depth: int = 5
+    max_steps: int = 4000
     per_device_train_batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 100
-    muon: bool = False
     ema_decay: float = 0.995
     bf16: bool = True
     save_steps: float = 1000
