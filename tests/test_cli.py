@@ -16,7 +16,7 @@ import torch
 from umm_kit import cli, reproduce
 from umm_kit.reproduce import claims_table, expect, read_claims, tidy
 
-COMMANDS = ("train", "evaluate", "check", "info", "reproduce", "notebooks", "figures")
+COMMANDS = ("train", "diagnose", "evaluate", "audit", "check", "info", "reproduce", "notebooks", "figures")
 
 
 # --- commands ----------------------------------------------------------------------------------------------------------

@@ -180,6 +180,33 @@ def test_every_hidden_token_is_filled_once(model):
         assert (out[0, 10:] == 5).all() and (out < model.codebook_size).all()
 
 
+def test_confidence_keeps_the_surest_and_random_does_not_care(model):
+    """Of two rounds the first fixes 64 - floor(64 cos 45 deg) = 19 tokens: the 19 surest, or any 19."""
+    hidden, codes = torch.ones(1, 64, dtype=torch.bool), torch.zeros(1, 64, dtype=torch.long)
+    logits = model.image_head(model._generation(codes, hidden, model.pack_captions([""]))[0])
+    sure = logits.log_softmax(-1).max(-1).values[0]
+    left = math.floor(64 * math.cos(math.pi / 4))
+    kept = {}
+    real = model._generation
+    for order in ("confidence", "random"):
+        seen = []
+
+        def spy(codes, mask, ids, layers=(), seen=seen):
+            seen.append(mask.clone())
+            return real(codes, mask, ids, layers)
+
+        model._generation = spy
+        greedy = Decoding(steps=2, temperature=0.0, choice_temperature=0.0, guidance=1.0, order=order)
+        model.generate_codes([""], codes, hidden, greedy, torch.Generator().manual_seed(0))
+        kept[order] = ~seen[1][0]
+    model._generation = real
+    assert kept["confidence"].sum() == kept["random"].sum() == 64 - left
+    assert sure[kept["confidence"]].min() >= sure[~kept["confidence"]].max()
+    assert not torch.equal(kept["confidence"], kept["random"])
+    with pytest.raises(ValueError, match="order"):
+        Decoding(order="raster")
+
+
 def test_guidance_one_is_the_conditional_model(model):
     hidden, codes = torch.ones(1, 64, dtype=torch.bool), torch.zeros(1, 64, dtype=torch.long)
     quiet = Decoding(steps=1, temperature=0.0, choice_temperature=0.0, guidance=1.0)

@@ -216,12 +216,13 @@ def test_collating_has_no_state(collator):
     collate, stream = collator(caption_dropout=0.5), Stream(Shapes("train", n=64), 64, seed=0, draws=72)
     together = collate(stream.__getitems__(range(16)))
     torch.manual_seed(99)
-    alone = collate(stream.__getitems__([5]))
-    assert torch.equal(alone["images"][0], together["images"][5]) and torch.equal(alone["mask"][0], together["mask"][5])
-    pairs = [(alone["captions"], together["captions"])]
-    pairs += [(alone["understanding"][k], together["understanding"][k]) for k in ("ids", "segment", "position", "labels")]
-    for one, all_ in pairs:  # equal up to the padding that longer neighbours ask for
-        assert torch.equal(one[0], all_[5, : one.shape[1]])
+    alone = collate(stream.__getitems__([6]))
+    assert torch.equal(alone["images"][0], together["images"][6]) and torch.equal(alone["mask"][0], together["mask"][6])
+    pairs = [(alone["captions"], together["captions"][6])]
+    keys = ("ids", "segment", "position", "labels")  # of every second image: number 6 is the fourth that is read
+    pairs += [(alone["understanding"][k], together["understanding"][k][3]) for k in keys]
+    for one, other in pairs:  # equal up to the padding that longer neighbours ask for
+        assert torch.equal(one[0], other[: one.shape[1]])
     unconditional = (together["captions"] != collate.model._special("<pad>")).sum(1) == 3
     assert unconditional.tolist() == [item["u"][2] < 0.5 for item in stream.__getitems__(range(16))]
     assert 0 < unconditional.sum() < 16
@@ -348,11 +349,10 @@ def test_run_record(whole):
     seconds = [entry["seconds"] for entry in record["log"]]
     assert seconds == sorted(seconds) and 0 < seconds[-1] <= record["wall_seconds"]
     parts = [entry for entry in record["log"] if "loss" in entry or "eval_generation_loss" in entry]
+    sums = {entry["step"]: entry["eval_loss"] for entry in record["log"] if "eval_loss" in entry}
     for entry in parts:
-        kind = "" if "loss" in entry else "eval_"
-        assert entry[f"{kind}loss"] == pytest.approx(
-            entry[f"{kind}understanding_loss"] + entry[f"{kind}generation_loss"], abs=1e-4
-        )
+        kind, total = ("", entry["loss"]) if "loss" in entry else ("eval_", sums[entry["step"]])
+        assert total == pytest.approx(entry[f"{kind}understanding_loss"] + entry[f"{kind}generation_loss"], abs=1e-4)
 
 
 def test_run_record_holds_lists_that_were_changed(tmp_path):
@@ -373,9 +373,11 @@ def test_pinned_trajectory(whole):
 
 
 def test_an_untrained_model_starts_at_chance(whole, tokenizer_folder):
+    """Logits of variance 1 cost half a nat beside the log of the number of codes, here 4 * 4 * 4, and of words."""
     first = losses(whole)[1, "generation_loss"]
-    assert first == pytest.approx(math.log(64), abs=0.8)  # 4 * 4 * 4 codes
-    assert losses(whole)[1, "understanding_loss"] == pytest.approx(math.log(load(whole).config.text_vocab_size), abs=0.8)
+    assert first == pytest.approx(math.log(64) + 0.5, abs=0.6)
+    words = load(whole).config.text_vocab_size
+    assert losses(whole)[1, "understanding_loss"] == pytest.approx(math.log(words) + 0.5, abs=0.6)
 
 
 def test_the_loss_falls_on_a_fixed_batch(tokenizer_folder, tmp_path):

@@ -21,6 +21,7 @@ _NAMES = {
     "check_model": "umm_kit.models.base",
     "Decoding": "umm_kit.models.base",
     "extract": "umm_kit.features",
+    "diagnose": "umm_kit.diagnostics.report",
     "evaluate": "umm_kit.evaluation",
     "compare": "umm_kit.evaluation",
     "PretrainTrainer": "umm_kit.trainers.pretrain",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from umm_kit.data.imagetext import ImageText
     from umm_kit.data.oracle import Oracle
     from umm_kit.data.shapes import Nuisance, Shapes
+    from umm_kit.diagnostics.report import diagnose
     from umm_kit.evaluation import compare, evaluate
     from umm_kit.features import extract
     from umm_kit.models import load
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Decoding", "Digits", "ImageText", "Nuisance", "Oracle", "PretrainConfig", "PretrainTrainer", "Shapes", "__version__",
-    "check_model", "collate", "compare", "draw_mask", "evaluate", "expect", "extract", "load",
+    "check_model", "collate", "compare", "diagnose", "draw_mask", "evaluate", "expect", "extract", "load",
 ]  # fmt: skip
 
 

@@ -86,6 +86,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--prompts", type=int, default=64, help="drawn per category (default: %(default)s)")
 
+    sub = command(diagnose, model, split, seed, record)
+    sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
+    sub.add_argument("--n", type=int, help="anchors (default: 512 scenes of shapes, or all there are of anything else)")
+    sub.add_argument("--panels", nargs="+", metavar="PANEL", help="some of gradients residual rank spectrum similarity")
+    sub.add_argument("--mask-ratios", nargs="+", type=float, default=[0.2, 0.4, 0.6], help="(default: 0.2 0.4 0.6)")
+    sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw DIVA's Figure 2 of this model")
+
     sub = command(audit, model, split, seed, record)
     sub.add_argument("--texture", choices=("none", "mid", "high"), default="mid", help="(default: %(default)s)")
     sub.add_argument("--n", type=int, default=2000, help="scenes (default: %(default)s)")
@@ -163,8 +170,8 @@ def train(what: str, options: Sequence[str]) -> int:
     return 0
 
 
-def evaluate(args: argparse.Namespace) -> int:
-    """score understanding, generation and inpainting by the oracle: each metric with its interval, chance level and n"""
+def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and the data that the arguments name."""
     import umm_kit as uk
     from umm_kit.data import open_data
 
@@ -173,7 +180,33 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.data not in ("shapes", "digits") and args.n is not None:
         raise ValueError("--n does not apply to a folder, which is read as a whole; leave it out")
     model, n = uk.load(args.model), args.n or (512 if args.data == "shapes" else None)
-    data = open_data(args.data, args.split, n=n, seed=args.seed, image_size=model.image_size)
+    return model, open_data(args.data, args.split, n=n, seed=args.seed, image_size=model.image_size)
+
+
+def diagnose(args: argparse.Namespace) -> int:
+    """see, layer by layer, where understanding and generation part (DIVA Fig. 2), beside nulls, with intervals"""
+    import umm_kit as uk
+    from umm_kit.diagnostics.report import PANELS
+
+    model, data = _opened(args)
+    found = uk.diagnose(model, data, args.panels or PANELS, mask_ratios=args.mask_ratios, seed=args.seed)
+    found.record["command"] = shlex.join(["umm-kit", *args.argv])
+    print(f"{found.summary()}\n{found.record['seconds']:.0f} seconds on {found.record['device']}")
+    if args.output:
+        found.save(args.output)
+        print(f"written to {args.output}")
+    if args.figure:
+        args.figure.parent.mkdir(parents=True, exist_ok=True)
+        found.plot().savefig(args.figure, dpi=150)
+        print(f"drawn to {args.figure}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """score understanding, generation and inpainting by the oracle: each metric with its interval, chance level and n"""
+    import umm_kit as uk
+
+    model, data = _opened(args)
     result = uk.evaluate(model, data, seed=args.seed, n_prompts=args.prompts)
     result.record |= {"model": args.model, "command": shlex.join(["umm-kit", *args.argv])}
     print(f"{result!r}\n{result.record['seconds']:.0f} seconds on {result.record['device']}")

@@ -56,6 +56,12 @@ def batches(data: Any, batch_size: int, indices: Sequence[int] | None = None) ->
         yield collate(data.__getitems__(part) if hasattr(data, "__getitems__") else [data[i] for i in part])
 
 
+def masks_by_id(ids: Sequence[str], grid: tuple[int, int], ratio: float | tuple[float, float], layout: str, seed: int) -> Tensor:
+    """Masks [B, N] (True = hidden) that depend on each example's id and the seed alone, whatever it is batched with."""
+    draws = (torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())) for name in ids)
+    return torch.cat([draw_mask(1, grid, ratio, layout, generator) for generator in draws])
+
+
 @torch.no_grad()
 def _features(model: Any, batch: Mapping[str, Any], settings: Mapping[str, Any]) -> Features:
     """One batch through the flows that the settings of :func:`extract` name."""
@@ -64,11 +70,7 @@ def _features(model: Any, batch: Mapping[str, Any], settings: Mapping[str, Any])
         if flow == "understanding":
             result = model.understanding_flow(batch, layers=settings["layers"])
         else:
-            # The mask of each example is drawn by its id and the seed alone: whatever it is batched with.
-            keys = (zlib.crc32(f"{settings['seed']} {name}".encode()) for name in out.ids)
-            draws = (torch.Generator().manual_seed(key) for key in keys)
-            ratio, layout = settings["mask_ratio"], settings["mask_layout"]
-            mask = torch.cat([draw_mask(1, model.grid, ratio, layout, generator) for generator in draws])
+            mask = masks_by_id(out.ids, model.grid, settings["mask_ratio"], settings["mask_layout"], settings["seed"])
             result = model.generation_flow(batch, layers=settings["layers"], mask=mask)
             out.masks = None if result.mask is None else result.mask.cpu()
         out.grids[flow], out.losses[flow] = result.grid, result.per_example_loss.float().cpu()

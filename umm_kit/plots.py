@@ -256,3 +256,56 @@ def cumulative(reference: Any, marks: Mapping[str, float], label: str, width: fl
     ax.set(xscale="log", xlabel=label, ylabel="share below", ylim=(0, 1))
     figure.legend(loc="outside right upper")
     return figure
+
+
+#: panel of a diagnosis -> (title, axis, the series to draw, the paper's panel that has this axis)
+_DIAGNOSIS = {
+    "gradients": ("gradient conflict", "1 - cos (U, G)", ("conflict",), None),
+    "residual": ("residual of G outside U", "share of energy", ("residual", "random subspace", "another mask draw"),
+                 "reconstruction_residual"),
+    "rank": ("effective-rank increment", "%", ("increment", "another mask draw"), "effective_rank_increment_pct"),
+    "spectrum": ("high-frequency energy", "share of energy", ("understanding", "generation", "understanding, visible",
+                 "generation, visible", "white noise"), "high_frequency_energy_ratio"),
+    "similarity": ("CKA of U and G", "CKA", ("cka", "shuffled ids"), None),
+}  # fmt: skip
+
+
+def diagnosis(frame: Any, published: bool = True) -> Figure:
+    """Panels of :class:`umm_kit.diagnostics.report.Diagnosis` against relative depth: curves with bands, nulls dashed.
+
+    Where there are several mask ratios, the middle one is drawn. ``published`` adds the paper's curves as dots, on the axes that
+    mean the same; its gradient panel has no formula and is never overlaid.
+    """
+    panels = [panel for panel in _DIAGNOSIS if (frame.panel == panel).any()]
+    if not panels:
+        raise ValueError(f"the frame holds none of the panels {list(_DIAGNOSIS)}")
+    figure = Figure(figsize=(3.0 * len(panels), 2.9), layout="constrained")
+    for ax, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        title, unit, wanted, theirs = _DIAGNOSIS[panel]
+        mine = frame[frame.panel == panel]
+        ratios = sorted(mine.mask_ratio.dropna().unique())
+        mine = mine[mine.mask_ratio.isna() | (mine.mask_ratio == ratios[len(ratios) // 2])] if ratios else mine
+        names = [name for name in mine.series.unique() if name in wanted or name.endswith(", untrained")]
+        for number, name in enumerate(names):
+            curve = mine[mine.series == name].sort_values("layer")
+            null = bool(curve.null.iloc[0])
+            style = {"color": f"C{number}", "linestyle": "--" if null else "-", "linewidth": 1.0 if null else 1.6}
+            ax.plot(curve.depth, curve.value, marker="" if null else _MARKERS[number], markersize=3, label=name, **style)
+            ax.fill_between(curve.depth, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
+        if published and theirs:
+            _published(ax, theirs, ratios)
+        ax.set(title=title, xlabel="relative depth", ylabel=unit)
+        ax.legend(fontsize=TEXT_SIZE - 2, frameon=False)
+    return figure
+
+
+def _published(ax: Axes, panel: str, ratios: Sequence[float]) -> None:
+    """The paper's points of one panel: of Show-o, 24 layers, read by eye."""
+    from umm_kit.published import load
+
+    values: Any = load("diva_fig2").query("panel == @panel")
+    near = f"rate_{ratios[len(ratios) // 2]:g}" if ratios else ""
+    values = values[~values.series.str.startswith("rate_") | (values.series == near)]
+    for marker, (name, points) in zip("xP", values.groupby("series"), strict=False):
+        label = f"DIVA, {name.replace('_', ' ')} (by eye)"
+        ax.plot(points.layer / 24, points.value, marker, color="0.5", markersize=3.5, label=label)

@@ -68,3 +68,16 @@ for i, reading in enumerate(uk.Oracle().read(data.images(range(50)))):
             tried += 1
             accepted += score_prompt(edited, reading).ok
 uk.expect(accepted / tried, high=0.005, n=tried, claim="share of false edits that the oracle accepts")
+
+# %% [markdown]
+# **5.** Where nothing says *where*, the surest code of every single token is the ground: kept first, it crowds the object out.
+
+# %%
+times = {"full": 24, "tiny": 8}[PRESET]
+met = {}
+for order in ("random", "confidence"):
+    pictures = model.generate(["a ring"] * times, decoding=uk.Decoding(order=order), generator=torch.Generator().manual_seed(0))
+    scores = [score_prompt("a ring", reading) for reading in uk.Oracle().read(pictures)]
+    met[order] = sum(score.ok for score in scores)
+    print(order, met[order], "of", times, "show a ring; the others:", [score.reasons[0] for score in scores if not score.ok][:3])
+uk.expect(met["random"], low=met["confidence"] + 1, n=times, claim="random order draws more rings than the surest-first order")

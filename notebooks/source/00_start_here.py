@@ -163,9 +163,9 @@ plots.image_grid(batch["images"], titles=[question for question, _ in asked], no
 # %% [markdown]
 # ## 4. Does it draw what it is told?
 #
-# All 64 tokens start hidden. In each of sixteen rounds the model predicts every hidden token, keeps those it is surest of and
-# hides the rest again (MaskGIT, Chang et al. 2022). The prompts go from easy to hard along the categories of GenEval (Ghosh et
-# al. 2023).
+# All 64 tokens start hidden. In each of 32 rounds the model predicts every hidden token, keeps a few, in random order, and hides
+# the rest again. (MaskGIT, Chang et al. 2022, keeps the *surest*. Exercise 5 shows what that does where a prompt leaves the
+# place of an object open.) The prompts go from easy to hard along the categories of GenEval (Ghosh et al. 2023).
 #
 # **Write down what you expect.** From which prompt on will it fail, and how?
 
@@ -183,16 +183,18 @@ plots.image_grid(drawn, titles=prompts, notes=[verdict(v.ok, v.reasons) for v in
 # there; what is there beside it is still named ("expected nothing more, found ..."), and so is everything unclear.
 #
 # **If you see something else.** Half shapes or two colours in one shape: tokens chosen in one round did not agree with each
-# other. More rounds (`uk.Decoding(steps=24)`) or less temperature may help; exercise 2 measures one such setting.
+# other. More rounds (`uk.Decoding(steps=64)`) or less temperature may help; exercise 2 measures one such setting.
 #
 # **Published value.** None for this world; GenEval's own numbers are of photographs.
 #
-# <details><summary>Why keeping only the surest tokens works (folded)</summary>
+# <details><summary>Why a few tokens at a time, and why in random order (folded)</summary>
 #
 # The model is trained on p(code<sub>i</sub> | visible codes, text) for every hidden i. Drawing all hidden codes at once would
 # treat them as independent given the visible ones, which neighbours in one object are not. Round t of T leaves floor(64 cos(πt
 # / 2T)) tokens hidden: few are fixed at first, while little is known, and many at the end, when each is nearly decided by the
-# others. With T = 64 one code is drawn at a time, which is exact up to the order that confidence gives.
+# others. One code at a time in a random order is exact: it is what training hides and asks. Keeping the surest changes the
+# distribution. "A ring" may stand in nine places, so at every single token the ground is the likeliest code and is kept
+# first; the more ground is fixed, the fewer places are left, until none is.
 # </details>
 
 # %% [markdown]
@@ -475,3 +477,5 @@ for metric in ("caption_f1", "qa_existence", "qa_colour", "generation_overall", 
 #    layer whose image states change, and why not layer 0?
 # 4. Try to fool the oracle: for 50 scenes take every one-attribute edit of the true caption that is false of the scene
 #    (`edits`, `parse`, `holds`). How many does `score_prompt` accept on the rendered picture?
+# 5. Draw "a ring" 24 times with the default and 24 times with `uk.Decoding(order="confidence")`. How many pictures show a ring,
+#    and what do the others show?

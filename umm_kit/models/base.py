@@ -49,19 +49,27 @@ class FlowOutput:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode. Text is greedy at temperature 0; images take ``steps`` rounds of masked prediction."""
+    """How to decode. Text is greedy at temperature 0; images take ``steps`` rounds of masked prediction.
+
+    ``order`` decides which tokens a round fixes. "random" draws from the distribution the model was trained on, one token
+    given those before it in a random order, up to the few tokens of one round. "confidence" keeps the surest (MaskGIT, Chang
+    et al. 2022): where a prompt leaves the place of an object open, the ground is the surest guess at *every* single token,
+    and the object may never be drawn.
+    """
 
     max_new_tokens: int = 64
     text_temperature: float = 0.0
-    steps: int = 16
-    temperature: float = 0.8
-    #: Gumbel noise on the confidence that decides which tokens are kept, annealed to 0 (MaskGIT).
-    choice_temperature: float = 4.0
+    steps: int = 32
+    temperature: float = 1.0
+    order: str = "random"
+    choice_temperature: float = 4.0  # of the Gumbel noise on confidence, annealed to 0; for order "confidence" alone
     guidance: float = 3.0  # classifier-free guidance: logits = uncond + guidance * (cond - uncond); 1 switches it off
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.steps < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}, steps={self.steps}; expected at least 1 of each")
+        if self.order not in ("random", "confidence"):
+            raise ValueError(f"order is {self.order!r}; expected 'random' or 'confidence'")
         if min(self.text_temperature, self.temperature, self.choice_temperature, self.guidance) < 0:
             raise ValueError(f"temperatures and guidance must not be negative: {self}")
 

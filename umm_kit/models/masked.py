@@ -433,9 +433,9 @@ class MaskedUMM(PreTrainedModel):
     ) -> Tensor:
         """Draw each text [B, 3, H, W]; with ``images`` and ``mask`` [B, rows, columns] (True = redraw), inpaint.
 
-        MaskGIT decoding (Chang et al. 2022): all hidden tokens are predicted at once, the surest are kept, the rest is
-        predicted again, along a cosine schedule of ``decoding.steps`` rounds. Inpainting returns the given pixels
-        wherever nothing was hidden.
+        All hidden tokens are predicted at once, some are kept, the rest is predicted again, along a cosine schedule of
+        ``decoding.steps`` rounds (MaskGIT, Chang et al. 2022; which are kept: ``decoding.order``). Inpainting returns the
+        given pixels wherever nothing was hidden.
         """
         if (images is None) != (mask is None):
             raise ValueError("inpainting needs both images= and mask=; drawing from text needs neither")
@@ -488,8 +488,10 @@ class MaskedUMM(PreTrainedModel):
             else:
                 chosen = p.argmax(-1)
             u = torch.rand(hidden.shape, generator=generator).to(p.device).clamp_(1e-9, 1 - 1e-7)
-            sure = p.gather(-1, chosen[..., None])[..., 0].clamp(min=1e-20).log()
-            sure = sure + decoding.choice_temperature * (1 - step / decoding.steps) * -(-u.log()).log()
+            sure = -(-u.log()).log()
+            if decoding.order == "confidence":
+                sure = sure * decoding.choice_temperature * (1 - step / decoding.steps)
+                sure = sure + logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
             codes = torch.where(hidden, chosen, codes)
             left = (total * math.cos(math.pi / 2 * step / decoding.steps)).floor().long()
             rank = sure.masked_fill(~hidden, float("inf")).argsort(1).argsort(1)

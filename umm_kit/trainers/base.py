@@ -85,8 +85,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for p, view in self.views:
-            view.grad = None if p.grad is None else p.grad.view_as(view)
+        for p, view in self.views:  # wrappers of a model may have given p new storage since
+            view.data, view.grad = p.data.view(len(p), -1), None if p.grad is None else p.grad.view(len(p), -1)
         for part in self.parts:
             part.step()
 
