@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 import time
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
@@ -39,7 +40,7 @@ class Replay(nn.Module):
 
 
 def torch_cka(Xs, Ys):
-    from torch_cka import CKA
+    CKA = import_module("torch_cka").CKA
 
     n, names = len(Xs[0]), [f"layers.{k}" for k in range(LAYERS)]
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(n)), batch_size=n)
@@ -50,7 +51,7 @@ def torch_cka(Xs, Ys):
 
 
 def pytorch_cka(Xs, Ys):
-    from cka import cka_from_features
+    cka_from_features = import_module("cka").cka_from_features
 
     return cka_from_features(list(Xs), list(Ys))
 

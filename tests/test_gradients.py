@@ -148,9 +148,9 @@ def test_works_without_outer_gradients_and_repeats(model):
 def test_frozen_and_lora_wrapped_backbones(model):
     import copy
 
-    from peft import LoraConfig, get_peft_model
+    peft = pytest.importorskip("peft")
 
-    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["qkv"]))
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["qkv"]))
     # LoRA's B starts at zero, and then A has no gradient: give it one.
     for name, p in wrapped.named_parameters():
         if "lora_B" in name:

@@ -72,23 +72,20 @@ plots.image_grid(batch["images"], titles=batch["texts"])
 # Below, one scene is drawn six times; only the nuisances are drawn anew. The second check asks how well the *oracle*, which
 # reads pictures back into objects from their pixels alone, reads scenes whose objects we know. All scores in this notebook rest
 # on it.
-
-# %%
-views = uk.collate([data.with_nuisance(nuisance_seed=s)[3] for s in range(6)])
-known = zip(views["factors"]["grey"], views["factors"]["brightness"], strict=True)
-uk.expect(len(set(views["texts"])), target=1, claim="six nuisance draws of one scene have one caption")
-readings = oracle.read(data.images(range(256)))
-exact = bootstrap([float(r.shows(data.objects(i))) for i, r in enumerate(readings)])
-uk.expect(exact, low=0.99, n=exact.n, claim="the oracle reads whole scenes exactly")
-plots.image_grid(views["images"], notes=[f"grey {g:.2f}\nbrightness {b:.2f}" for g, b in known])
-
-# %% [markdown]
+#
 # Models do not draw clean renders. So the oracle is tried on damaged pictures and on what the image tokenizer gives back, too,
 # and asked about texts that differ from the truth in *one* attribute. Accepting such a text is the error that would flatter a
 # model; not being able to read a picture (*unclear*) only costs it.
 
 # %%
 from umm_kit.evaluation.reconstruction import audit_pictures
+
+views = uk.collate([data.with_nuisance(nuisance_seed=s)[3] for s in range(6)])
+known = zip(views["factors"]["grey"], views["factors"]["brightness"], strict=True)
+uk.expect(len(set(views["texts"])), target=1, claim="six nuisance draws of one scene have one caption")
+readings = oracle.read(data.images(range(256)))
+exact = bootstrap([float(r.shows(data.objects(i))) for i, r in enumerate(readings)])
+uk.expect(exact, low=0.99, n=exact.n, claim="the oracle reads whole scenes exactly")
 
 few = uk.Shapes("test", n={"full": 128, "tiny": 24}[PRESET], seed=SEED)
 honesty = pd.DataFrame(audit_pictures(model.image_tokenizer, few, SEED)["oracle"]).T
@@ -98,6 +95,7 @@ for pictures in ("clean", "reconstructed"):
     uk.expect(
         accepted, high=0.005, n=int(honesty.loc[pictures, "n_edits"]), claim=f"edited texts accepted of {pictures} pictures"
     )
+plots.image_grid(views["images"], notes=[f"grey {g:.2f}\nbrightness {b:.2f}" for g, b in known])
 
 # %% [markdown]
 # **What you should see.** Four scenes whose captions name every object, some with places; then six views of one more that

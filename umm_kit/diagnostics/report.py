@@ -49,9 +49,12 @@ class Diagnosis:
 
     def save(self, path: str | Path) -> None:
         """One JSON file; :meth:`load` reads it back."""
-        from umm_kit.trainers.base import write_json
-
-        write_json(Path(path), {"record": self.record, "frame": json.loads(self.frame.to_json(orient="split", index=False))})
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")  # a full disk or an interrupt leaves no half of a file under its name
+        frame = json.loads(self.frame.to_json(orient="split", index=False))
+        partial.write_text(json.dumps({"record": self.record, "frame": frame}) + "\n")
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Diagnosis:
@@ -153,13 +156,12 @@ def diagnose(
         others = (panels, mask_ratios, mask_layout, variance, cutoff, None, batch_size, gradient_batch, seed, progress)
         null = diagnose(untrained, data, *others).frame.query("not null")
         frame = pd.concat([frame, null.assign(series=null.series + ", untrained", null=True)], ignore_index=True)
-    from umm_kit.trainers.base import machine
-
+    device = f"{next(model.parameters()).device}, {torch.get_num_threads()} threads"
     record = {
         "model": f"{type(model).__name__}, {model.num_layers} layers of width {model.hidden_size}",
         "data": repr(data), "n": len(data), "mask_ratios": list(mask_ratios), "mask_layout": mask_layout,
         "variance": variance, "cutoff": cutoff, "transform": "dct", "batch_size": batch_size,
-        "gradient_batch": gradient_batch, "seed": seed, "device": machine(), "seconds": round(time.time() - started, 1),
+        "gradient_batch": gradient_batch, "seed": seed, "device": device, "seconds": round(time.time() - started, 1),
     }  # fmt: skip
     return Diagnosis(frame, record)
 
