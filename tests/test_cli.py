@@ -323,16 +323,9 @@ def test_notebooks_are_refreshed_the_same_twice(folder, tmp_path, monkeypatch):
     text = first.decode()
     assert "noise" not in json.dumps([c.get("outputs") for c in json.loads(text)["cells"]])
     assert "widget-view" not in json.dumps([c.get("outputs") for c in json.loads(text)["cells"]]) and "papermill" not in text
-    assert cli.main(["figures", "--notebooks", str(folder), "--output", str(tmp_path / "figures")]) == 0
-    assert (tmp_path / "figures/00_so-1.png").exists()
     monkeypatch.setattr(reproduce, "MAX_NOTEBOOK_BYTES", 100)
     assert cli.main(argv) == 2
     assert cli.main(["notebooks", "99", "--notebooks", str(folder)]) == 2
-
-
-def test_figures_before_notebooks(folder, capsys):
-    assert cli.main(["figures", "--notebooks", str(folder)]) == 2
-    assert "run umm-kit notebooks first" in capsys.readouterr().err
 
 
 def test_tidy_gives_equal_cells_distinct_stable_ids():

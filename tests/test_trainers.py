@@ -20,6 +20,7 @@ from umm_kit.data.shapes import Shapes
 from umm_kit.models import load
 from umm_kit.models.masked import MaskedUMM
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig
+from umm_kit.records import write_json
 from umm_kit.trainers.base import (
     EMA_FILE,
     ENDLESS,
@@ -30,7 +31,6 @@ from umm_kit.trainers.base import (
     check_writable,
     last_checkpoint,
     run_record,
-    write_json,
 )
 from umm_kit.trainers.pretrain import Collator, PretrainConfig, PretrainTrainer, corpus, new_model, train
 from umm_kit.trainers.tokenizer import TokenizerConfig, images_only
@@ -611,13 +611,6 @@ def test_every_second_image_is_read_whatever_the_batch(small_model):
     losses = small_model(codes, whole["understanding"], whole["captions"], whole["mask"], whole["shown"])
     alone = small_model(codes[::2], whole["understanding"], whole["captions"][::2], whole["mask"][::2])
     assert torch.allclose(losses["understanding_loss"], alone["understanding_loss"])
-
-
-def test_records_are_whole_or_absent(tmp_path):
-    write_json(tmp_path / "new" / "a.json", {"x": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "new" / "a.json", {(1, 2): "no such key in JSON"})
-    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": 1}
 
 
 def test_corpus_holds_every_word_of_a_data_set(small_model):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -92,6 +91,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--panels", nargs="+", metavar="PANEL", help="some of gradients residual rank spectrum similarity")
     sub.add_argument("--mask-ratios", nargs="+", type=float, default=[0.2, 0.4, 0.6], help="(default: 0.2 0.4 0.6)")
     sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw DIVA's Figure 2 of this model")
+    sub.add_argument("--along", action="store_true", help="only gradient conflict, at each checkpoint that is kept in MODEL")
 
     sub = command(audit, model, split, seed, record)
     sub.add_argument("--texture", choices=("none", "mid", "high"), default="mid", help="(default: %(default)s)")
@@ -107,8 +107,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub = command(notebooks, folder)
     sub.add_argument("names", nargs="*", metavar="NAME", help="such as 00_start_here (default: all)")
 
-    sub = command(figures, folder)
-    sub.add_argument("--output", default="figures", metavar="FOLDER", help="(default: %(default)s)")
+    sub = command(figures)
+    sub.add_argument("--folder", default="figures", help="holds data/*.json and the style (default: %(default)s)")
     return parser, commands
 
 
@@ -186,11 +186,21 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
 def diagnose(args: argparse.Namespace) -> int:
     """see, layer by layer, where understanding and generation part (DIVA Fig. 2), beside nulls, with intervals"""
     import umm_kit as uk
+    from umm_kit.diagnostics.gradients import conflict_along
     from umm_kit.diagnostics.report import PANELS
+    from umm_kit.records import command, machine, versions, write_json
 
     model, data = _opened(args)
+    if args.along:
+        ratios = min(args.mask_ratios), max(args.mask_ratios)
+        frame = conflict_along(args.model, data, mask_ratio=ratios, seed=args.seed)
+        print(frame.pivot_table(index="step", columns="metric", values="value").to_string(float_format="%.3f"))
+        if args.output:
+            record = {"command": command(args.argv), "data": repr(data), "versions": versions(), "device": machine()}
+            write_json(args.output, {"record": record, "rows": frame.to_dict("records")})
+        return 0
     found = uk.diagnose(model, data, args.panels or PANELS, mask_ratios=args.mask_ratios, seed=args.seed)
-    found.record["command"] = shlex.join(["umm-kit", *args.argv])
+    found.record["command"] = command(args.argv)
     print(f"{found.summary()}\n{found.record['seconds']:.0f} seconds on {found.record['device']}")
     if args.output:
         found.save(args.output)
@@ -205,10 +215,11 @@ def diagnose(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     """score understanding, generation and inpainting by the oracle: each metric with its interval, chance level and n"""
     import umm_kit as uk
+    from umm_kit.records import command
 
     model, data = _opened(args)
     result = uk.evaluate(model, data, seed=args.seed, n_prompts=args.prompts)
-    result.record |= {"model": args.model, "command": shlex.join(["umm-kit", *args.argv])}
+    result.record |= {"model": args.model, "command": command(args.argv)}
     print(f"{result!r}\n{result.record['seconds']:.0f} seconds on {result.record['device']}")
     if args.output:
         result.save(args.output)
@@ -226,6 +237,7 @@ def audit(args: argparse.Namespace) -> int:
 
     import umm_kit as uk
     from umm_kit.evaluation.reconstruction import audit_pictures
+    from umm_kit.records import command, machine, versions, write_json
 
     model = uk.load(args.model)
     nuisance = uk.Nuisance(texture=args.texture)
@@ -238,8 +250,7 @@ def audit(args: argparse.Namespace) -> int:
     use = result["codebook"]
     print(f"\n{use['used']} of {use['size']} codes used, perplexity {use['perplexity']:.0f}; PSNR {result['psnr_db']:.1f} dB")
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"command": shlex.join(["umm-kit", *args.argv]), **result}, indent=1) + "\n")
+        write_json(args.output, {"command": command(args.argv), "versions": versions(), "device": machine(), **result})
         print(f"written to {args.output}")
     return 0
 
@@ -258,14 +269,13 @@ def info(args: argparse.Namespace) -> int:
     """show versions, device, memory, disk, and the shipped models with their scores"""
     import platform
     import shutil
-    from importlib.metadata import version
 
     import psutil
 
     from umm_kit.models.base import resolve_device
+    from umm_kit.records import versions
 
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn")}
-    print(f"umm_kit {__version__}, python {platform.python_version()}, " + ", ".join(map(" ".join, versions.items())))
+    print(", ".join(map(" ".join, versions().items())))
     print(f"{platform.platform()}, {psutil.cpu_count(logical=False) or psutil.cpu_count()} cores, device {resolve_device()}")
     memory = psutil.virtual_memory()
     disk = shutil.disk_usage(Path.cwd())
@@ -303,11 +313,10 @@ def notebooks(args: argparse.Namespace) -> int:
 
 
 def figures(args: argparse.Namespace) -> int:
-    """save the pictures of the committed notebooks as files"""
-    from umm_kit.reproduce import save_figures, sources
+    """redraw figures/ as PNG and PDF from the numbers in figures/data"""
+    from umm_kit.figures import redraw
 
-    saved = save_figures([Path(args.notebooks, path.stem + ".ipynb") for path in sources(args.notebooks)], args.output)
-    print("\n".join(map(str, saved)) or "the notebooks hold no pictures")
+    print("\n".join(map(str, redraw(args.folder))))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from umm_kit.models.base import MASK_RATIO, collate, draw_mask
@@ -54,6 +55,18 @@ def batches(data: Any, batch_size: int, indices: Sequence[int] | None = None) ->
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
         yield collate(data.__getitems__(part) if hasattr(data, "__getitems__") else [data[i] for i in part])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; every module's own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def masks_by_id(ids: Sequence[str], grid: tuple[int, int], ratio: float | tuple[float, float], layout: str, seed: int) -> Tensor:
@@ -144,9 +157,7 @@ def extract(
         _claim(folder, settings | {"model": checksum(model)})
     parts: list[Features] = []
     seen: set[str] = set()
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         total = -(-len(data) // batch_size)
         for k, batch in enumerate(tqdm(batches(data, batch_size), total=total, desc="flows", disable=not progress, delay=2)):
             if repeated := seen & set(batch["ids"]):
@@ -162,8 +173,6 @@ def extract(
             with safe_open(shard, "pt") as file:
                 if json.loads(file.metadata()["ids"]) != list(batch["ids"]):
                     raise ValueError(f"{shard} holds other examples than this data set; choose another folder")
-    finally:
-        model.train(was_training)
     return _join(parts) if folder is None else folder
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from umm_kit.features import batches
+from umm_kit.features import batches, evaluating
 from umm_kit.models.base import MASK_RATIO
 from umm_kit.statistics import Estimate, bootstrap
 
@@ -114,18 +113,6 @@ def _disattenuated(cross: np.ndarray, u: np.ndarray, g: np.ndarray) -> Estimate:
     return Estimate(value, float(interval[0]), float(interval[1]), len(cross))
 
 
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within; every module's own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def parameter_groups(model: Any) -> dict[tuple[str, str], list[nn.Parameter]]:
     """Trainable parameters of the shared blocks by (layer, part); frozen ones (a LoRA-wrapped backbone) are left out."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -173,7 +160,7 @@ def gradient_conflict(
     generator = torch.Generator().manual_seed(seed)
     grams = np.empty((pairs, len(groups), 4, 4))
     gradients: list[list[Tensor]] = []
-    with _as_it_was(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         walk = batches(data, batch_size, range(2 * pairs * batch_size))
         for k, batch in enumerate(tqdm(walk, total=2 * pairs, desc="gradients", disable=not progress, delay=2)):
             for flow in ("understanding", "generation"):

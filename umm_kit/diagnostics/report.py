@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from umm_kit.diagnostics.geometry import effective_rank_increment, reconstruction_residual
-from umm_kit.diagnostics.gradients import _as_it_was, gradient_conflict
+from umm_kit.diagnostics.gradients import gradient_conflict
 from umm_kit.diagnostics.similarity import cka
-from umm_kit.diagnostics.spectrum import input_matched, token_spectrum
-from umm_kit.features import batches, masks_by_id
+from umm_kit.diagnostics.spectrum import filling, token_spectrum
+from umm_kit.features import batches, evaluating, masks_by_id
+from umm_kit.records import machine, versions, write_json
 from umm_kit.statistics import Estimate, bootstrap
 
 #: In the order of DIVA's Figure 2; similarity is ours.
 PANELS = ("gradients", "residual", "rank", "spectrum", "similarity")
 COLUMNS = ["panel", "series", "null", "mask_ratio", "layer", "depth", "value", "low", "high", "n"]
 _GROUPS = 8  # of the jackknife
+
+#: panel, series, is it a null, mask ratio, layer, value
+Row = tuple[str, str, bool, float, int, Estimate | float]
+Collected = Mapping[tuple[str, float, int], list[Tensor]]  # by series, mask ratio and layer, a tensor per batch
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Diagnosis:
     Attributes:
         frame: one row per panel, series, mask ratio and layer: ``value`` with its 95 % interval ``low``, ``high`` over ``n``
             independent items, ``depth`` = layer / number of layers, ``null`` True where the series is a null or a control.
-        record: settings, data, versions and seconds.
+        record: settings, data, versions, device and seconds.
     """
 
     frame: pd.DataFrame
@@ -49,12 +55,9 @@ class Diagnosis:
 
     def save(self, path: str | Path) -> None:
         """One JSON file; :meth:`load` reads it back."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")  # a full disk or an interrupt leaves no half of a file under its name
-        frame = json.loads(self.frame.to_json(orient="split", index=False))
-        partial.write_text(json.dumps({"record": self.record, "frame": frame}) + "\n")
-        partial.replace(path)
+        write_json(
+            path, {"record": self.record, "frame": json.loads(self.frame.to_json(orient="split", index=False))}, indent=None
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Diagnosis:
@@ -107,7 +110,7 @@ def diagnose(
       understanding: what the masks alone move.
     - *rank*: effective-rank increment in percent, rows stacked; null: another mask draw.
     - *spectrum*: share of spatial energy above ``cutoff`` (of Nyquist); controls: the same with both flows' states at the
-      visible positions only, and white noise.
+      visible positions only (where the flows have one grid), and white noise.
     - *similarity*: unbiased linear CKA of the flows at equal layers; null: shuffled ids.
 
     The states of all layers are pooled as they come: memory is 4 n d (layers + 1) (1 + 2 len(mask_ratios)) bytes. Panels other
@@ -118,125 +121,122 @@ def diagnose(
             training did not make.
 
     Raises:
-        ValueError: unknown panel or ratio, fewer than 16 examples, flows whose grids differ.
+        ValueError: unknown panel or ratio, fewer than 16 examples.
     """
-    started = time.time()
-    if unknown := set(panels) - set(PANELS) or not panels:
-        raise ValueError(f"panels are {list(panels)}; expected some of {PANELS} ({unknown=})")
+    started = time.perf_counter()
+    if not panels or not set(panels) <= set(PANELS):
+        raise ValueError(f"panels are {list(panels)}; expected some of {PANELS}")
     if len(data) < 2 * _GROUPS:
         raise ValueError(f"there are {len(data)} examples; a diagnosis with intervals needs at least {2 * _GROUPS}")
     if not mask_ratios or not all(0 < r < 1 for r in mask_ratios):
         raise ValueError(f"mask ratios are {list(mask_ratios)}; expected numbers in (0, 1)")
-    rows: list[dict[str, Any]] = []
-
-    def add(panel: str, series: str, ratio: float, layer: int, estimate: Estimate | float, null: bool = False) -> None:
-        e = estimate if isinstance(estimate, Estimate) else Estimate(estimate, np.nan, np.nan, 0)
-        depth = layer / model.num_layers
-        rows.append(dict(zip(COLUMNS, (panel, series, null, ratio, layer, depth, e.value, e.low, e.high, e.n), strict=True)))
-
+    settings: dict[str, Any] = {
+        "panels": list(panels), "mask_ratios": list(mask_ratios), "mask_layout": mask_layout, "variance": variance,
+        "cutoff": cutoff, "batch_size": batch_size, "gradient_batch": gradient_batch, "seed": seed,
+    }  # fmt: skip
+    rows: list[Row] = []
     if "gradients" in panels:
         between = (min(mask_ratios), max(mask_ratios))
         conflict = gradient_conflict(model, data, gradient_batch, between, mask_layout, seed, progress)
         for number, name in enumerate(conflict.layers, start=1):
-            for metric, value in conflict.estimates(name).items():
-                add("gradients", metric, np.nan, number, value, metric.startswith("within"))
+            for metric, estimate in conflict.estimates(name).items():
+                rows.append(("gradients", metric, metric.startswith("within"), np.nan, number, estimate))
     if set(panels) - {"gradients"}:
-        states, roughness = _pass(model, data, panels, mask_ratios, mask_layout, cutoff, batch_size, seed, progress)
-        for layer, ratio, u, g, again in _layers(states, mask_ratios):
-            _geometry(add, panels, layer, ratio, u, g, again, variance, seed)
-        for (series, ratio, layer), values in roughness.items():
-            finite = np.concatenate(values)
-            finite = finite[np.isfinite(finite)]
-            if len(finite) > 1:
-                control = series.endswith(("visible", "noise"))
-                add("spectrum", series, ratio, layer, bootstrap(finite) if finite.any() else float(0), control)
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    frame = frame.sort_values("panel", key=lambda names: names.map(PANELS.index), kind="stable", ignore_index=True)
+        states, shares = _pass(model, data, settings, progress)
+        rows += _geometry(states, settings)
+        rows += _spectrum(shares)
+    frame = _frame(rows, model.num_layers)
     if untrained is not None:
-        others = (panels, mask_ratios, mask_layout, variance, cutoff, None, batch_size, gradient_batch, seed, progress)
-        null = diagnose(untrained, data, *others).frame.query("not null")
+        null = diagnose(untrained, data, **settings, progress=progress).frame.query("not null")
         frame = pd.concat([frame, null.assign(series=null.series + ", untrained", null=True)], ignore_index=True)
-    device = f"{next(model.parameters()).device}, {torch.get_num_threads()} threads"
     record = {
-        "model": f"{type(model).__name__}, {model.num_layers} layers of width {model.hidden_size}",
-        "data": repr(data), "n": len(data), "mask_ratios": list(mask_ratios), "mask_layout": mask_layout,
-        "variance": variance, "cutoff": cutoff, "transform": "dct", "batch_size": batch_size,
-        "gradient_batch": gradient_batch, "seed": seed, "device": device, "seconds": round(time.time() - started, 1),
+        "model": f"{type(model).__name__}, {model.num_layers} layers of width {model.hidden_size}", "data": repr(data),
+        "n": len(data), **settings, "transform": "dct", "versions": versions(), "device": machine(),
+        "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
     return Diagnosis(frame, record)
 
 
+def _frame(rows: Sequence[Row], layers: int) -> pd.DataFrame:
+    """Rows in the order of the panels; what comes without an interval (a null that is one number) has NaN there."""
+    full = [
+        (panel, series, null, ratio, layer, layer / layers, *(astuple(e) if isinstance(e, Estimate) else (e, np.nan, np.nan, 0)))
+        for panel, series, null, ratio, layer, e in sorted(rows, key=lambda row: PANELS.index(row[0]))
+    ]
+    return pd.DataFrame(full, columns=COLUMNS)
+
+
 @torch.no_grad()
-def _pass(
-    model: Any, data: Any, panels: Sequence[str], ratios: Sequence[float], layout: str, cutoff: float, batch_size: int, seed: int,
-    progress: bool,
-) -> tuple[dict[tuple[str, float, int], list[Tensor]], dict[tuple[str, float, int], list[np.ndarray]]]:  # fmt: skip
-    """One walk over the data: pooled states, and each example's high-frequency share, by (flow, mask ratio, layer)."""
-    states: dict[tuple[str, float, int], list[Tensor]] = {}
-    rough: dict[tuple[str, float, int], list[np.ndarray]] = {}
+def _pass(model: Any, data: Any, settings: Mapping[str, Any], progress: bool) -> tuple[Collected, Collected]:
+    """One walk over the data: pooled states, and each example's high-frequency share, by (series, mask ratio, layer)."""
+    states, shares = defaultdict(list), defaultdict(list)
 
-    def share(name: str, ratio: float, layer: int, H: Tensor, grid: tuple[int, int]) -> None:
-        with warnings.catch_warnings():  # layer 0 of the understanding flow may be constant; such maps are left out
-            warnings.simplefilter("ignore", UserWarning)
-            spectrum = token_spectrum(H, grid)
-            rough.setdefault((name, ratio, layer), []).append(spectrum.above(cutoff).numpy())
-            rough["white noise", np.nan, layer] = [np.full(2, spectrum.white(cutoff))]
+    def collect(name: str, ratio: float, flow: Any, filled: Tensor | None = None) -> None:
+        for layer, H in flow.hidden_states.items():
+            if filled is None:
+                states[name, ratio, layer].append(H.float().mean(1).cpu())
+            else:
+                H = filled @ H.double().cpu()
+            if "spectrum" in settings["panels"]:
+                with warnings.catch_warnings():  # layer 0 of the understanding flow may be constant; such maps are left out
+                    warnings.simplefilter("ignore", UserWarning)
+                    spectrum = token_spectrum(H, flow.grid)
+                    shares[name, ratio, layer].append(spectrum.above(settings["cutoff"]))
+                shares["white noise", np.nan, layer] = [torch.tensor([spectrum.white(settings["cutoff"])])]
 
-    with _as_it_was(model):
-        total = -(-len(data) // batch_size)
-        for batch in tqdm(batches(data, batch_size), total=total, desc="flows", disable=not progress, delay=2):
+    size, layout = settings["batch_size"], settings["mask_layout"]
+    with evaluating(model):
+        for batch in tqdm(batches(data, size), total=-(-len(data) // size), desc="flows", disable=not progress, delay=2):
             u = model.understanding_flow(batch)
-            for layer, H in u.hidden_states.items():
-                states.setdefault(("understanding", np.nan, layer), []).append(H.float().mean(1).cpu())
-                if "spectrum" in panels:
-                    share("understanding", np.nan, layer, H, u.grid)
-            for ratio in ratios:
-                for name, draw in (("generation", seed), ("another draw", seed + 1)):
-                    mask = masks_by_id(batch["ids"], model.grid, ratio, layout, draw)
-                    g = model.generation_flow(batch, mask=mask)
-                    for layer, H in g.hidden_states.items():
-                        states.setdefault((name, ratio, layer), []).append(H.float().mean(1).cpu())
-                        if "spectrum" in panels and name == "generation":
-                            share("generation", ratio, layer, H, g.grid)
-                            if g.grid == u.grid:
-                                for flow, full in (("understanding", u.hidden_states[layer]), ("generation", H)):
-                                    share(f"{flow}, visible", ratio, layer, input_matched(full, mask, g.grid), g.grid)
-    return states, rough
+            collect("understanding", np.nan, u)
+            for ratio in settings["mask_ratios"]:
+                mask, other = (masks_by_id(batch["ids"], model.grid, ratio, layout, settings["seed"] + k) for k in (0, 1))
+                g = model.generation_flow(batch, mask=mask)
+                collect("generation", ratio, g)
+                for layer, H in model.generation_flow(batch, mask=other).hidden_states.items():
+                    states["another draw", ratio, layer].append(H.float().mean(1).cpu())
+                if "spectrum" in settings["panels"] and g.grid == u.grid:
+                    filled = filling(mask, g.grid)
+                    collect("understanding, visible", ratio, u, filled)
+                    collect("generation, visible", ratio, g, filled)
+    return states, shares
 
 
-def _layers(
-    states: dict[tuple[str, float, int], list[Tensor]], ratios: Sequence[float]
-) -> Iterator[tuple[int, float, Tensor, Tensor, Tensor]]:
-    for layer in sorted({layer for _, _, layer in states}):
-        u = torch.cat(states["understanding", np.nan, layer])
-        for ratio in ratios:
-            yield layer, ratio, u, torch.cat(states["generation", ratio, layer]), torch.cat(states["another draw", ratio, layer])
-
-
-def _geometry(
-    add: Callable,
-    panels: Sequence[str],
-    layer: int,
-    ratio: float,
-    u: Tensor,
-    g: Tensor,
-    again: Tensor,
-    variance: float,
-    seed: int,
-) -> None:
+def _geometry(states: Collected, settings: Mapping[str, Any]) -> Iterator[Row]:
     """The panels that need pooled states alone."""
-    if "residual" in panels:
-        residual = reconstruction_residual(g, u, variance)
-        add("residual", "residual", ratio, layer, residual.estimate())
-        add("residual", "random subspace", ratio, layer, 1 - residual.components / g.shape[1], null=True)
-        add("residual", "another mask draw", ratio, layer, reconstruction_residual(g, again, variance).estimate(), null=True)
-    if "rank" in panels:
-        add("rank", "increment", ratio, layer, jackknife(lambda k: effective_rank_increment(g[k], u[k]).percent, len(g)))
-        add("rank", "another mask draw", ratio, layer, effective_rank_increment(g, again).percent, null=True)
-    if "similarity" in panels:
-        add("similarity", "cka", ratio, layer, jackknife(lambda k: cka(g[k], u[k]), len(g)))
-        shuffled = torch.randperm(len(u), generator=torch.Generator().manual_seed(seed))
-        add("similarity", "shuffled ids", ratio, layer, cka(g, u[shuffled]), null=True)
+    for ratio, layer in [(ratio, layer) for name, ratio, layer in states if name == "generation"]:
+        u, g = torch.cat(states["understanding", np.nan, layer]), torch.cat(states["generation", ratio, layer])
+        for panel, series, null, value in _compared(u, g, torch.cat(states["another draw", ratio, layer]), settings):
+            yield panel, series, null, ratio, layer, value
+
+
+def _compared(
+    u: Tensor, g: Tensor, again: Tensor, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, str, bool, Estimate | float]]:
+    """Pooled states [n, d] of understanding, of generation, and of generation under another mask draw."""
+    if "residual" in settings["panels"]:
+        residual = reconstruction_residual(g, u, settings["variance"])
+        yield "residual", "residual", False, residual.estimate()
+        yield "residual", "random subspace", True, 1 - residual.components / g.shape[1]
+        yield "residual", "another mask draw", True, reconstruction_residual(g, again, settings["variance"]).estimate()
+    if "rank" in settings["panels"]:
+        yield "rank", "increment", False, jackknife(lambda k: effective_rank_increment(g[k], u[k]).percent, len(g))
+        yield "rank", "another mask draw", True, effective_rank_increment(g, again).percent
+    if "similarity" in settings["panels"]:
+        shuffled = torch.randperm(len(u), generator=torch.Generator().manual_seed(settings["seed"]))
+        yield "similarity", "cka", False, jackknife(lambda k: cka(g[k], u[k]), len(g))
+        yield "similarity", "shuffled ids", True, cka(g, u[shuffled])
+
+
+def _spectrum(shares: Collected) -> Iterator[Row]:
+    """Means over the examples whose map is not constant; a layer without such examples has no row."""
+    for (series, ratio, layer), parts in shares.items():
+        finite = torch.cat(parts)
+        finite = finite[torch.isfinite(finite)]
+        if series == "white noise":
+            yield "spectrum", series, True, ratio, layer, float(finite)
+        elif len(finite) > 1:
+            yield "spectrum", series, series.endswith("visible"), ratio, layer, bootstrap(finite.numpy())
 
 
 def jackknife(statistic: Callable[[Tensor], float], n: int, groups: int = _GROUPS) -> Estimate:

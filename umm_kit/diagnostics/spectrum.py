@@ -206,12 +206,24 @@ def input_matched(H: Any, mask: Any, grid: tuple[int, int], keep: str = "visible
         >>> input_matched(line, hidden, (1, 3)).flatten().tolist()
         [0.0, 1.0, 2.0]
     """
-    states, mask, shape = _checked(H, grid), torch.as_tensor(mask).detach().cpu(), tuple(np.shape(H))
-    if mask.dtype != torch.bool or tuple(mask.shape) != shape[:-1]:
-        raise ValueError(f"the mask is {tuple(mask.shape)} of {mask.dtype}; expected bool {shape[:-1]}, as the states")
+    states, hidden, shape = _checked(H, grid), torch.as_tensor(mask), tuple(np.shape(H))
+    if hidden.dtype != torch.bool or tuple(hidden.shape) != shape[:-1]:
+        raise ValueError(f"the mask is {tuple(hidden.shape)} of {hidden.dtype}; expected bool {shape[:-1]}, as the states")
+    return (filling(hidden.reshape(states.shape[:2]), grid, keep) @ states.to(torch.float64)).reshape(shape)
+
+
+def filling(mask: Tensor, grid: tuple[int, int], keep: str = "visible") -> Tensor:
+    """The linear map [B, N, N], float64 on the CPU, that :func:`input_matched` applies under masks [B, N].
+
+    Take it once where the states of many layers lie under one mask.
+
+    Example:
+        >>> filling(torch.tensor([[False, True, False]]), (1, 3))[0, 1].tolist()
+        [0.5, 0.0, 0.5]
+    """
     if keep not in ("visible", "masked"):
         raise ValueError(f"{keep=}; expected 'visible' or 'masked'")
-    kept = (mask if keep == "masked" else ~mask).reshape(len(states), -1)
+    kept = (mask if keep == "masked" else ~mask).detach().cpu()
     if bool((~kept.any(1)).any()):
         empty = (~kept.any(1)).nonzero().flatten().tolist()
         raise ValueError(f"{len(empty)} examples have no {keep} position, the first at {empty[:3]}; leave them out")
@@ -219,12 +231,8 @@ def input_matched(H: Any, mask: Any, grid: tuple[int, int], keep: str = "visible
     rows, columns = (upper + upper.T for upper in line)
     near = torch.kron(rows, torch.eye(grid[1])) + torch.kron(torch.eye(grid[0]), columns)
     laplace, same = torch.diag(near.sum(1)) - near, torch.eye(len(near), dtype=torch.float64)
-    out, step = [], max(1, _CHUNK // (len(near) * max(states.shape[1:])))
-    for part, known in zip(states.split(step), kept.split(step), strict=True):
-        part, known = part.to(torch.float64), known[..., None]
-        filled = torch.linalg.solve(torch.where(known, same, laplace), part * known)
-        out.append(torch.where(known, part, filled))
-    return torch.cat(out).reshape(shape)
+    maps = [torch.linalg.solve(torch.where(known[..., None], same, laplace), torch.diag_embed(known.double())) for known in kept]
+    return torch.where(kept[..., None], same, torch.stack(maps))
 
 
 def _checked(H: Any, grid: tuple[int, int]) -> Tensor:

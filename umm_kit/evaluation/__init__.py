@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from umm_kit.data.shapes import Shapes
 from umm_kit.evaluation import generation, understanding
 from umm_kit.evaluation.understanding import Examiner
 from umm_kit.models.base import Decoding
+from umm_kit.records import machine, versions, write_json
 from umm_kit.statistics import Estimate, bootstrap, bootstrap_ratio, paired_difference
 
 __all__ = ["Evaluation", "compare", "evaluate"]
@@ -79,8 +78,7 @@ class Evaluation:
         """Everything as one JSON file, the estimates with it."""
         content = {key: getattr(self, key) for key in ("record", "chance", "notes", "strata", "items")}
         content["metrics"] = self.to_frame().to_dict("records")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Evaluation:
@@ -167,12 +165,11 @@ def evaluate(
     if not isinstance(data, Shapes | Digits):
         exam.notes.append("what pictures show: these images have no known factors, so answers and drawings cannot be scored")
     exam.notes += [f"{metric}: {len(outcomes)} item, no interval" for metric, outcomes in exam.items.items() if len(outcomes) < 2]
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy", "scipy")}
     record = {
         "model": str(getattr(model, "name_or_path", "") or type(model).__name__), "data": repr(data), "tasks": wanted,
         "n_questions": n_questions, "n_prompts": n_prompts, "seed": seed, "batch_size": batch_size, "decoding": asdict(decoding),
-        "device": str(getattr(model, "device", "cpu")), "seconds": round(time.perf_counter() - start, 1),
-        "versions": versions | {"python": platform.python_version()},
+        "device": machine(), "seconds": round(time.perf_counter() - start, 1),
+        "versions": versions(),
     }  # fmt: skip
     return Evaluation(exam.items, exam.strata, exam.chance, exam.notes, record)
 

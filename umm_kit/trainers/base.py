@@ -7,10 +7,7 @@ a resumed run, and a run on more processes, therefore see exactly the batches of
 from __future__ import annotations
 
 import json
-import platform
-import shlex
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -26,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import umm_kit
 from umm_kit.data.shapes import hash_uniform, stream_key
 from umm_kit.models.base import resolve_device
+from umm_kit.records import command, machine, versions
 
 EMA_FILE = "ema.safetensors"
 ENDLESS = 2**32  # a data set of this length makes its examples on demand and is never walked to its end
@@ -316,20 +313,10 @@ def world_mean(value: Tensor) -> Tensor:
     return value
 
 
-def machine() -> str:
-    """The device in words: the GPU's name, or the processor and its threads in use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
 def run_record(
     config: TrainingArguments, seconds: float, history: Iterable[Mapping[str, Any]] = (), **more: Any
 ) -> dict[str, Any]:
     """What it takes to make a run again: command, configuration, seed, versions, device, wall time, and its log."""
-    import numpy
-    import transformers
-
     defaults = type(config)(output_dir="")
     changed = {}
     for name in config.__dataclass_fields__:
@@ -341,22 +328,13 @@ def run_record(
         ):
             changed[name] = value
     return {
-        "command": shlex.join(["umm-kit", *sys.argv[1:]]) if "umm-kit" in sys.argv[0] else type(config).__name__,
+        "command": command() or type(config).__name__,
         "config": changed,
         "seed": config.seed,
         "processes": config.world_size,
-        "versions": {"umm_kit": umm_kit.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                     "numpy": numpy.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "device": machine(),
         "wall_seconds": seconds,
         "log": list(history),
         **more,
-    }  # fmt: skip
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write through a temporary file, so that a full disk or an interrupt never leaves half a record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    partial.replace(path)
+    }

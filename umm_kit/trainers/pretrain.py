@@ -17,7 +17,8 @@ from umm_kit.data import open_data
 from umm_kit.models.base import MASK_RATIO
 from umm_kit.models.masked import DESCRIBE, IGNORE, MaskedUMM, MaskedUMMConfig
 from umm_kit.models.tokenizers import ImageTokenizer, train_text_tokenizer
-from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record, world_mean, write_json
+from umm_kit.records import write_json
+from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record, world_mean
 from umm_kit.trainers.tokenizer import TokenizerConfig
 from umm_kit.trainers.tokenizer import train as train_tokenizer
 

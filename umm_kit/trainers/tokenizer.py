@@ -12,7 +12,8 @@ import torch
 from transformers import set_seed
 
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, codebook_use
-from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record, write_json
+from umm_kit.records import write_json
+from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record
 
 
 @dataclass

@@ -1,0 +1,55 @@
+"""Figures from files of numbers: the same bytes twice, and no figure without its numbers."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from umm_kit import cli
+from umm_kit.figures import FIGURES, conflict_along, redraw
+
+
+@pytest.fixture
+def folder(root, tmp_path):
+    shutil.copytree(root / "figures/data", tmp_path / "figures/data")
+    shutil.copy(root / "figures/umm.mplstyle", tmp_path / "figures")
+    return tmp_path / "figures"
+
+
+def test_the_same_numbers_give_the_same_bytes(folder, capsys):
+    first = {path: path.read_bytes() for path in redraw(folder)}
+    assert {path.name for path in first} == {name + end for name in FIGURES for end in (".png", ".pdf")}
+    assert cli.main(["figures", "--folder", str(folder)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(first)
+    assert all(path.read_bytes() == content for path, content in first.items())
+
+
+def test_every_number_says_how_it_was_made(folder):
+    for path, _ in FIGURES.values():
+        content = json.loads((folder / path).read_text())
+        record = content.get("record", content)
+        assert record["command"].split()[0] in ("umm-kit", "python") and record["versions"]["torch"] and record["device"]
+
+
+def test_committed_figures_are_drawn(root):
+    assert {path.stem for path in (root / "figures").glob("*.png")} == set(FIGURES)
+
+
+def test_a_missing_file_of_numbers_is_named(folder):
+    (folder / "data/diagnosis.json").unlink()
+    with pytest.raises(ValueError, match="diagnosis\\.json"):
+        redraw(folder)
+
+
+def test_conflict_along_draws_shallow_middle_and_deep():
+    metrics = ("conflict", "within_understanding", "within_generation", "disattenuated_cosine")
+    rows = [
+        {"layer": f"layer {k}", "metric": m, "step": s, "value": s / 10, "low": 0.0, "high": 1.0}
+        for k in range(1, 6) for m in metrics for s in (2, 1)
+    ]  # fmt: skip
+    figure = conflict_along(pd.DataFrame(rows))
+    assert [ax.get_ylabel() for ax in figure.axes] == ["1 - cos", "cos within U", "cos within G", "disattenuated cos"]
+    line = figure.axes[0].get_lines()[1]
+    assert line.get_label() == "middle (layer 3)" and line.get_xdata().tolist() == [1, 2]
+    assert line.get_ydata().tolist() == pytest.approx([0.1, 0.2])

@@ -1,0 +1,121 @@
+"""The figures in ``figures/``: each is drawn from one file of numbers that says how it was made, never from typed-in values.
+
+To make a figure again from the start, run the command that its file records, then ``umm-kit figures``. Files are drawn as
+PNG and PDF without dates, so that the same numbers give the same bytes on one machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+import pandas as pd
+from matplotlib.figure import Figure
+
+from umm_kit import plots
+from umm_kit.models import CHECKPOINTS
+
+
+def _diagnosis(path: Path) -> Figure:
+    from umm_kit.diagnostics.report import Diagnosis
+
+    return Diagnosis.load(path).plot()
+
+
+def conflict_along(frame: pd.DataFrame) -> Figure:
+    """Gradient conflict along a training, for a shallow, a middle and a deep layer.
+
+    Args:
+        frame: as :func:`umm_kit.diagnostics.gradients.conflict_along` returns it.
+    """
+    layers = list(frame.layer.unique())
+    chosen = {"shallow": layers[0], "middle": layers[len(layers) // 2], "deep": layers[-1]}
+    titles = {
+        "conflict": ("conflict of U and G", "1 - cos"),
+        "within_understanding": ("noise ceiling of U", "cos within U"),
+        "within_generation": ("noise ceiling of G", "cos within G"),
+        "disattenuated_cosine": ("without the noise", "disattenuated cos"),
+    }
+    panels = []
+    for metric, (title, unit) in titles.items():
+        series = {}
+        for where, layer in chosen.items():
+            rows = frame[(frame.metric == metric) & (frame.layer == layer)].sort_values("step")
+            series[f"{where} ({layer})"] = (rows.step, rows.value, rows.low, rows.high)
+        panels.append(plots.Panel(title, "training step", unit, series))
+    return plots.curves(panels, columns=4, size=(2.6, 2.6))
+
+
+def _along(path: Path) -> Figure:
+    return conflict_along(pd.DataFrame(json.loads(path.read_text())["rows"]))
+
+
+def calibration(frame: pd.DataFrame) -> Figure:
+    """Estimates of mutual information against the truth, on Gaussian pairs; CLUB and NCE-CLUB against what they bound by.
+
+    Args:
+        frame: columns family, method, truth, upper, value, low, high, as ``benchmarks/mutual_information.py`` writes them.
+    """
+    gaussian = frame[frame.family == "gaussian"].sort_values("truth")
+    panels = []
+    for title, methods, target, unit in (
+        ("estimates of I", ("ksg", "gaussian", "infonce"), "truth", "I (nats)"),
+        ("CLUB and NCE-CLUB", ("club", "nceclub"), "upper", "I + KL(p_x p_y || p_xy) (nats)"),
+    ):
+        end = gaussian[target].max()
+        series: dict[str, Any] = {"exact": ([0, end], [0, end])}
+        for method in methods:
+            rows = gaussian[gaussian.method == method]
+            series[method] = (rows[target], rows.value, rows.low, rows.high)
+        panels.append(plots.Panel(title, unit, "estimate (nats)", series, nulls=("exact",)))
+    return plots.curves(panels, columns=2, size=(3.3, 2.8))
+
+
+def _calibration(path: Path) -> Figure:
+    return calibration(pd.DataFrame(json.loads(path.read_text())["rows"]))
+
+
+def _scores(path: Path) -> Figure:
+    content = json.loads(path.read_text())
+    return plots.scores(pd.DataFrame(content["metrics"]), content["chance"])
+
+
+def _training(path: Path) -> Figure:
+    from umm_kit.models.card import learning_curves
+
+    return learning_curves(json.loads(path.read_text())["log"])
+
+
+#: name -> its numbers, in figures/data or in the folder of the shipped model; how they are drawn
+FIGURES: dict[str, tuple[Path, Callable[[Path], Figure]]] = {
+    "diagnosis": (Path("data/diagnosis.json"), _diagnosis),
+    "conflict_along": (Path("data/conflict_along.json"), _along),
+    "mutual_information": (Path("data/mutual_information.json"), _calibration),
+    "scores": (CHECKPOINTS / "tiny-masked/scores.json", _scores),
+    "training": (CHECKPOINTS / "tiny-masked/run.json", _training),
+}
+
+
+def redraw(folder: str | Path = "figures") -> list[Path]:
+    """Draw each figure to ``folder``/NAME.png and NAME.pdf, in the style of ``folder``/umm.mplstyle.
+
+    Raises:
+        ValueError: a file of numbers is missing.
+    """
+    folder, saved = Path(folder), []
+    if missing := [str(folder / path) for path, _ in FIGURES.values() if not (folder / path).exists()]:
+        raise ValueError(f"{missing} are missing; run this in a clone of the repository, or name its folder of figures")
+    formats: dict[str, dict[str, Any]] = {
+        ".png": {"dpi": 200, "metadata": {"Software": None}},
+        ".pdf": {"metadata": {"CreationDate": None}},
+    }
+    with matplotlib.style.context(["default", {"pdf.fonttype": 42}, str(folder / "umm.mplstyle")]):
+        for name, (path, draw) in FIGURES.items():
+            figure = draw(folder / path)
+            for suffix, options in formats.items():
+                saved.append(folder / (name + suffix))
+                figure.savefig(saved[-1], **options)
+    return saved
