@@ -241,3 +241,27 @@ def walk(widget):
     yield widget
     for child in getattr(widget, "children", ()):
         yield from walk(child)
+
+
+def test_curves_keep_values_bands_marks_and_order():
+    x, y = np.arange(5), np.array([1.0, 2, np.nan, 4, 5])
+    band = {"here": (x, y, y - 1, y + 2), "null": (x, torch.ones(5))}
+    panels = [plots.Panel(f"panel {k}", "layer", "share", band, nulls=("null",), mark=3, log=k == 1) for k in range(4)]
+    figure = plots.curves(panels)
+    assert [ax.get_title() for ax in figure.axes] == ["panel 0", "panel 1", "panel 2", "panel 3"]  # 2 rows, 2 places empty
+    assert [ax.get_xscale() for ax in figure.axes] == ["linear", "log", "linear", "linear"]
+    ax = figure.axes[0]
+    here, null, mark = ax.get_lines()
+    assert np.array_equal(here.get_ydata(), y, equal_nan=True) and np.array_equal(null.get_ydata(), np.ones(5))
+    assert (here.get_linestyle(), null.get_linestyle(), null.get_marker()) == ("-", "--", "") and list(mark.get_xdata()) == [3, 3]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["here", "null"]
+    bottom, top = ax.get_ylim()
+    assert bottom < 0 and top > 7  # the band is inside, with room above it
+
+
+@pytest.mark.parametrize("series", [([1, 2], [1, 2], [0, 1]), ([1, 2], [1, 2, 3]), ([1, 2], np.ones((2, 1)))])
+def test_curves_refuse_what_is_no_curve(series):
+    with pytest.raises(ValueError, match="expected x, y or x, y, low, high"):
+        plots.curves([plots.Panel("a", "x", "y", {"s": series})])
+    with pytest.raises(ValueError, match="no panels"):
+        plots.curves([])

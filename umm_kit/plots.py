@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 TEXT_SIZE = 8  # points
@@ -265,7 +268,7 @@ _DIAGNOSIS = {
                  "reconstruction_residual"),
     "rank": ("effective-rank increment", "%", ("increment", "another mask draw"), "effective_rank_increment_pct"),
     "spectrum": ("high-frequency energy", "share of energy", ("understanding", "generation", "understanding, visible",
-                 "generation, visible", "white noise"), "high_frequency_energy_ratio"),
+                 "generation, visible", "white noise"), None),
     "similarity": ("CKA of U and G", "CKA", ("cka", "shuffled ids"), None),
 }  # fmt: skip
 
@@ -273,13 +276,14 @@ _DIAGNOSIS = {
 def diagnosis(frame: Any, published: bool = True) -> Figure:
     """Panels of :class:`umm_kit.diagnostics.report.Diagnosis` against relative depth: curves with bands, nulls dashed.
 
-    Where there are several mask ratios, the middle one is drawn. ``published`` adds the paper's curves as dots, on the axes that
-    mean the same; its gradient panel has no formula and is never overlaid.
+    Where there are several mask ratios, the middle one is drawn; n counts examples, in the gradient panel pairs of batches.
+    ``published`` adds the paper's curves as dots where the axis means the same: not for gradients, which have no formula
+    there, nor for the spectrum, whose cut-off is not given.
     """
     panels = [panel for panel in _DIAGNOSIS if (frame.panel == panel).any()]
     if not panels:
         raise ValueError(f"the frame holds none of the panels {list(_DIAGNOSIS)}")
-    figure = Figure(figsize=(3.0 * len(panels), 2.9), layout="constrained")
+    figure = Figure(figsize=(3.0 * len(panels), 3.7), layout="constrained")
     for ax, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         title, unit, wanted, theirs = _DIAGNOSIS[panel]
         mine = frame[frame.panel == panel]
@@ -294,18 +298,226 @@ def diagnosis(frame: Any, published: bool = True) -> Figure:
             ax.fill_between(curve.depth, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
         if published and theirs:
             _published(ax, theirs, ratios)
-        ax.set(title=title, xlabel="relative depth", ylabel=unit)
-        ax.legend(fontsize=TEXT_SIZE - 2, frameon=False)
+        about = f", mask ratio {ratios[len(ratios) // 2]:g}" if ratios else " pairs of batches" if panel == "gradients" else ""
+        ax.set(title=title, xlabel=f"relative depth (n = {mine.n.max()}{about})", ylabel=unit)
+        ax.legend(fontsize=TEXT_SIZE - 1, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.2))
     return figure
 
 
 def _published(ax: Axes, panel: str, ratios: Sequence[float]) -> None:
-    """The paper's points of one panel: of Show-o, 24 layers, read by eye."""
+    """The paper's points of one panel at the mask ratio nearest to ours: of Show-o, 24 layers, read by eye."""
     from umm_kit.published import load
 
     values: Any = load("diva_fig2").query("panel == @panel")
-    near = f"rate_{ratios[len(ratios) // 2]:g}" if ratios else ""
-    values = values[~values.series.str.startswith("rate_") | (values.series == near)]
-    for marker, (name, points) in zip("xP", values.groupby("series"), strict=False):
-        label = f"DIVA, {name.replace('_', ' ')} (by eye)"
-        ax.plot(points.layer / 24, points.value, marker, color="0.5", markersize=3.5, label=label)
+    wanted = ratios[len(ratios) // 2]
+    nearest = min(values.series.unique(), key=lambda name: abs(float(name.removeprefix("rate_")) - wanted))
+    points = values[values.series == nearest]
+    label = f"DIVA, {nearest.replace('_', ' ')} (by eye)"
+    ax.plot(points.layer / 24, points.value, "x", color="0.5", markersize=3.5, label=label)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of :func:`curves`.
+
+    Attributes:
+        series: name -> (x, y), or (x, y, low, high) for a band around the curve.
+        nulls: names of those to dash and leave without markers.
+        mark: an x to mark by a vertical line.
+        log: a logarithmic x axis.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    series: Mapping[str, Sequence[Any]]
+    nulls: Sequence[str] = ()
+    mark: float | None = None
+    log: bool = False
+
+
+def curves(panels: Sequence[Panel], columns: int = 3, size: tuple[float, float] = (3.2, 2.7)) -> Figure:
+    """Panels of curves, row by row, each with its legend; the k-th series of every panel has the k-th colour.
+
+    Raises:
+        ValueError: no panel; a series that is not x and y, or x, y, low and high, of one length.
+
+    Example:
+        >>> len(curves([Panel("a line", "x", "y", {"rising": ([0, 1], [0, 1])})]).axes)
+        1
+    """
+    if not panels:
+        raise ValueError("there are no panels; expected at least one")
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(columns * size[0], rows * size[1]))
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    wide, high = size[0] - 0.8, size[1] - 0.75  # room for labels, in inches: letting them find it takes twice the time
+    edges = {"left": 0.7 / figure.get_figwidth(), "bottom": 0.5 / figure.get_figheight()}
+    edges |= {"right": 1 - 0.1 / figure.get_figwidth(), "top": 1 - 0.25 / figure.get_figheight()}
+    figure.subplots_adjust(**edges, wspace=0.8 / wide, hspace=0.75 / high)
+    for ax in list(axes)[len(panels) :]:
+        figure.delaxes(ax)
+    for ax, panel in zip(figure.axes, panels, strict=True):
+        for k, (name, given) in enumerate(panel.series.items()):
+            x, *ys = (_array(values).astype(float) for values in given)
+            if len(ys) not in (1, 3) or any(y.shape != x.shape or y.ndim != 1 for y in ys):
+                shapes = [x.shape, *(y.shape for y in ys)]
+                raise ValueError(f"{name!r} of {panel.title!r} has the shapes {shapes}; expected x, y or x, y, low, high")
+            null, few = name in panel.nulls, len(x) <= 30
+            style: dict[str, Any] = {"linestyle": "--" if null else "-", "linewidth": 1.0 if null else 1.6, "markersize": 3}
+            ax.plot(x, ys[0], color=f"C{k}", marker="" if null or not few else _MARKERS[k % len(_MARKERS)], label=name, **style)
+            if len(ys) == 3:
+                ax.fill_between(x, ys[1], ys[2], color=f"C{k}", alpha=0.2, linewidth=0)
+                ax.vlines(x, ys[1], ys[2], color=f"C{k}", alpha=0.4, linewidth=0.8)  # a point between gaps has no band
+        if panel.mark is not None:
+            ax.axvline(panel.mark, color="0.5", linewidth=4, alpha=0.3, zorder=0)
+        ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log" if panel.log else "linear")
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(bottom, top + 0.09 * len(panel.series) * (top - bottom))  # the legend's place
+        ax.legend(fontsize=TEXT_SIZE - 1, loc="upper left", borderaxespad=0.1)
+    return figure
+
+
+def band(estimates: Sequence[Any]) -> list[Sequence[float]]:
+    """A series for :class:`Panel`: x = 0, 1, 2, ..., and the values and intervals of estimates, such as one per layer."""
+    parts = ([float(getattr(e, part)) for e in estimates] for part in ("value", "low", "high"))
+    return [range(len(estimates)), *parts]
+
+
+def probes(frame: Any, size: tuple[float, float] = (3.7, 3.0)) -> Figure:
+    """Scores of probes by layer: a row per flow, said factors on the left and unsaid ones on the right; controls dashed.
+
+    Args:
+        frame: of :class:`umm_kit.diagnostics.probes.Probes`, by one probe.
+
+    Raises:
+        ValueError: no rows.
+    """
+    panels = []
+    for (flow, kind), mine in sorted(
+        frame.groupby(["flow", "kind"]), key=lambda item: (item[0][0] != "understanding", item[0][1])
+    ):
+        mine, name = mine.sort_values("layer"), "shuffled scenes"
+        lines = {factor: [rows[c] for c in ("layer", "score", "low", "high")] for factor, rows in mine.groupby("factor")}
+        control = mine.groupby("layer", as_index=False).control.mean()
+        measure = ", ".join(sorted(set(mine.measure)))
+        panels.append(Panel(f"{flow}: {kind}", "layer", measure, lines | {name: (control.layer, control.control)}, [name]))
+    return curves(panels, columns=2, size=size)
+
+
+_CLASSES = [*(f"C{k}" for k in range(7)), "#F0E442", "#7F4F24", "0.6"]  # the style sheet's, then yellow, brown and grey
+
+
+def latent_map(
+    maps: Mapping[str, Any], values: Any = None, label: str = "", join: int = 60, columns: int = 4, size: float = 2.4
+) -> Figure:
+    """Maps of the latent space side by side, each under the scores that say how far it can be trusted.
+
+    Circles are understanding, triangles generation; a thin line joins the two points of one id. Axes have no ticks; of PCA
+    alone their labels say what share of the variance each axis holds.
+
+    Args:
+        maps: title -> :class:`umm_kit.diagnostics.maps.LatentMap` or ``PairedMap``.
+        values: colour of each row, or of each id of a paired map: floats by a scale, anything else as classes (the 10 most
+            frequent; the rest is pale). Without, the colour is the flow.
+        label: what the values are.
+        join: draw the lines of that many ids at most, evenly spread over the rows.
+
+    Raises:
+        ValueError: no map; values that are not one per row or id, or not finite.
+    """
+    if not maps:
+        raise ValueError("there are no maps; expected at least one")
+    columns = min(columns, len(maps))
+    rows = math.ceil(len(maps) / columns)
+    bar = 0.0 if values is None or not np.issubdtype(_array(values).dtype, np.floating) else 0.9
+    figure = Figure(figsize=(columns * size + bar, rows * (size + 0.6) + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax in list(axes)[len(maps) :]:
+        figure.delaxes(ax)
+    shown: Any = None
+    keys: dict[str, tuple[str, str]] = {}
+    for ax, (title, drawn) in zip(figure.axes, maps.items(), strict=True):
+        points, paired = drawn.positions, hasattr(drawn, "ids")
+        parts = dict(zip(("understanding", "generation"), np.split(points, 2), strict=True)) if paired else {"": points}
+        n = len(points) // len(parts)
+        colours, classes, scale = _point_colours(values, n)
+        if join and paired:
+            some = np.unique(np.linspace(0, n - 1, min(join, n)).astype(int))
+            ax.add_collection(LineCollection(list(np.stack(list(parts.values()), 1)[some]), colors="0.6", linewidths=0.5))
+        for k, (flow, part) in enumerate(parts.items()):
+            style: dict[str, Any] = {"marker": "o^"[k], "linewidths": 0, "zorder": 2, "rasterized": True}
+            style |= scale | {"s": float(np.clip(6000 / len(points), 2, 16)), "c": f"C{k}" if colours is None else colours}
+            made = ax.scatter(part[:, 0], part[:, 1], **style)
+            shown = made if scale else shown
+            keys |= {flow: ("o^"[k], f"C{k}" if colours is None else "0.3")} if flow else {}
+        keys |= {name: ("s", colour) for name, colour in classes.items()}
+        scores = [f"trust {drawn.trustworthiness:.2f}", f"kept {drawn.neighbour_overlap:.2f} (chance {drawn.chance:.2f})"]
+        if paired and drawn.pairs:
+            scores.append(f"partner nearest {drawn.pairs.nearest.value:.2f} (chance {drawn.pairs.chance:.3f})")
+        ax.set_title("\n".join([title, *scores]), fontsize=TEXT_SIZE)
+        ax.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+        if drawn.variance:
+            ax.set_xlabel(f"{drawn.variance[0]:.0%} of variance", fontsize=TEXT_SIZE - 1)
+            ax.set_ylabel(f"{drawn.variance[1]:.0%}", fontsize=TEXT_SIZE - 1)
+    if shown is not None:
+        figure.colorbar(shown, ax=figure.axes, label=label, shrink=0.7)
+    look: dict[str, Any] = {"linewidth": 0, "markersize": 5}
+    handles = [Line2D([], [], marker=marker, color=colour, label=name, **look) for name, (marker, colour) in keys.items()]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * columns), fontsize=TEXT_SIZE)
+    return figure
+
+
+def _point_colours(values: Any, n: int) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """Colours of n points (None: by flow), the classes' colours, and the options of a scale for numbers."""
+    if values is None:
+        return None, {}, {}
+    given = _array(values)
+    number = np.issubdtype(given.dtype, np.floating)
+    if given.shape != (n,) or (number and not np.isfinite(given).all()):
+        raise ValueError(f"the values to colour by are {given.shape} or not finite; expected {n} finite ones, one per row or id")
+    if number:
+        return given, {}, {"cmap": "cividis", "vmin": given.min(), "vmax": given.max()}
+    names, place, counts = np.unique(given.astype(str), return_inverse=True, return_counts=True)
+    kept = np.sort(np.argsort(-counts, kind="stable")[: len(_CLASSES)])
+    colour = np.full(len(names), "0.85", dtype=object)
+    colour[kept] = _CLASSES[: len(kept)]
+    classes = {str(names[k]): str(colour[k]) for k in kept} | ({"other": "0.85"} if len(names) > len(kept) else {})
+    return colour[place], classes, {}
+
+
+def heat_map(values: Any, groups: Mapping[str, Sequence[Any]], label: str = "", size: float = 4.6) -> Figure:
+    """A square matrix of groups of rows, such as the layers of each flow, the same along both sides; NaN is left white.
+
+    Args:
+        values: [n, n]. groups: name -> labels of its rows, n in all.
+
+    Raises:
+        ValueError: a matrix that is not square, or labels that are not one per row.
+
+    Example:
+        >>> heat_map(np.eye(3), {"understanding": [0, 1], "generation": [0]}).axes[0].get_title()
+        ''
+    """
+    matrix, sizes = _array(values).astype(float), [len(labels) for labels in groups.values()]
+    if matrix.ndim != 2 or matrix.shape != (sum(sizes), sum(sizes)):
+        raise ValueError(f"the matrix is {matrix.shape} for groups of {sizes}; expected as many rows and columns as labels")
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    ax = figure.subplots()
+    low = min(0.0, float(np.nanmin(matrix)))
+    figure.colorbar(ax.imshow(matrix, cmap="cividis", vmin=low, vmax=max(1.0, float(np.nanmax(matrix)))), label=label, shrink=0.8)
+    ends, names = np.cumsum(sizes), [str(name) for labels in groups.values() for name in labels]
+    for end in ends[:-1] - 0.5:
+        ax.axhline(end, color="white", linewidth=2)
+        ax.axvline(end, color="white", linewidth=2)
+    ax.set(xticks=range(len(names)), yticks=range(len(names)))
+    ax.set_xticklabels(names, fontsize=TEXT_SIZE - 1)
+    ax.set_yticklabels(names, fontsize=TEXT_SIZE - 1)
+    for name, start, end in zip(groups, ends - sizes, ends, strict=True):
+        middle = (start + end - 1) / 2
+        ax.text(middle, len(names) + 0.9, name, ha="center", va="top", fontsize=TEXT_SIZE)
+        ax.text(-2.4, middle, name, ha="center", va="center", rotation=90, fontsize=TEXT_SIZE)
+    ax.grid(False)
+    return figure
