@@ -4,9 +4,11 @@ import copy
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from umm_kit import plots
 from umm_kit.data.shapes import Shapes
 from umm_kit.diagnostics.report import COLUMNS, PANELS, Diagnosis, diagnose, jackknife
 from umm_kit.models.masked import MaskedUMM
@@ -84,6 +86,9 @@ def test_an_untrained_model_is_a_null(model):
     found = diagnose(model, Shapes("test", n=32), panels=["residual"], untrained=other, **OPTIONS)
     null = found.series("residual", "residual, untrained")
     assert null.null.all() and len(null) == len(found.series("residual", "residual"))
+    rows = found.frame.assign(panel="gradients", series=[f"metric {k}, untrained" for k in range(len(found.frame))])
+    drawn = plots.diagnosis(pd.concat([found.frame, rows])).axes[0]
+    assert drawn.get_title() == "gradient conflict" and not drawn.get_lines(), "only the curves of a panel have a null there"
 
 
 def test_saved_and_read_back(found, tmp_path):

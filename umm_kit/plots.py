@@ -289,7 +289,7 @@ def diagnosis(frame: Any, published: bool = True) -> Figure:
         mine = frame[frame.panel == panel]
         ratios = sorted(mine.mask_ratio.dropna().unique())
         mine = mine[mine.mask_ratio.isna() | (mine.mask_ratio == ratios[len(ratios) // 2])] if ratios else mine
-        names = [name for name in mine.series.unique() if name in wanted or name.endswith(", untrained")]
+        names = [name for name in mine.series.unique() if name.removesuffix(", untrained") in wanted]
         for number, name in enumerate(names):
             curve = mine[mine.series == name].sort_values("layer")
             null = bool(curve.null.iloc[0])
