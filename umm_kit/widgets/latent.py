@@ -17,7 +17,7 @@ from umm_kit.plots import _array
 from umm_kit.widgets import _bare
 
 SHOWN = 3  # picked points whose pictures are shown
-_JOINED = 1000  # pairs; beyond, their lines would hide the points
+_JOINED = 100  # picked points that are joined with their partners
 #: Okabe and Ito's without yellow, as in figures/umm.mplstyle
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _STYLE = """<style>
@@ -34,7 +34,7 @@ class LatentExplorer(ipywidgets.VBox):
 
     A click picks a point; the second button at the plot's left edge turns dragging into a lasso. Everything shown of
     a pick is read from the maps: neighbours in the other flow are those of the original space, not of the picture. Large points
-    are understanding, small ones generation; a line joins the two of one id.
+    are understanding, small ones generation; a line joins what is picked with its partner.
 
     Args:
         maps: method -> layer -> :class:`umm_kit.diagnostics.maps.PairedMap`, all of the same ids in the same order.
@@ -75,6 +75,8 @@ class LatentExplorer(ipywidgets.VBox):
             raise ValueError(
                 f"maps of {n} ids came with {sizes}; expected one of each for every id, and the same ids in every map"
             )
+        if reserved := {"x", "y", "flow"} & set(self._factors):
+            raise ValueError(f"factors are named {sorted(reserved)}; these names are the map's own, choose others")
         if any(values.ndim != 1 for values in self._factors.values()):
             raise ValueError(f"factors are { ({k: v.shape for k, v in self._factors.items()}) }; expected one value for each id")
         self._maps, self._images, self._texts = maps, images, texts
@@ -86,10 +88,11 @@ class LatentExplorer(ipywidgets.VBox):
         self.colour = ipywidgets.Dropdown(options=["flow", *self._factors], description="colour").add_class("umm-colour")
         self.said, self.picked_said = (ipywidgets.Label().add_class("umm-said") for _ in range(2))
         self.pictures = ipywidgets.HTML().add_class("umm-picked")
-        join = {"connect_by": "pair", "connection_color": (0.5, 0.5, 0.5, 0.25)} if n <= _JOINED else {}
+        # Lines of all pairs (connect_by) would stop jupyter-scatter 1.0.1 for good where a selection precedes the first drawing.
+        self._line = jscatter.Line
         self.scatter = jscatter.Scatter(
             "x", "y", data=self._frame(), x_scale=(-1.05, 1.05), y_scale=(-1.05, 1.05), width=side, height=side, legend=True,
-            size_by="flow", size_map=[8, 5], opacity=0.8, axes=False, zoom_on_selection=False, **join,
+            size_by="flow", size_map=[8, 5], opacity=0.8, axes=False, zoom_on_selection=False,
         )  # fmt: skip
         self.plot = self.scatter.widget.add_class("umm-scatter")
         self.plot.observe(lambda _: self._describe(), "selection")
@@ -123,7 +126,7 @@ class LatentExplorer(ipywidgets.VBox):
         points, n = self.shown.positions, len(self.ids)
         points = points - (points.max(0) + points.min(0)) / 2
         points = points / abs(points).max()
-        frame = pd.DataFrame({"x": points[:, 0], "y": points[:, 1], "pair": np.tile(np.arange(n), 2)})
+        frame = pd.DataFrame({"x": points[:, 0], "y": points[:, 1]})
         frame["flow"] = pd.Categorical(np.repeat(FLOWS, n), categories=FLOWS)
         for name, values in self._factors.items():
             number = np.issubdtype(values.dtype, np.floating)
@@ -146,6 +149,7 @@ class LatentExplorer(ipywidgets.VBox):
         with self.plot.hold_sync():  # one message with everything: while the page draws it drops what comes after
             self.scatter.data(frame)
             self.scatter.color(by=colour, map=by)
+            self.plot.non_spatial_points_update = False  # color() had set it, and picking would use the old places
         self.said.value = (
             f"layer {self.layer.value}, {self.method.value}, coloured by {colour}: trustworthiness {m.trustworthiness:.2f}, "
             f"neighbours kept {m.neighbour_overlap:.2f} (chance {m.chance:.2f})"
@@ -156,17 +160,18 @@ class LatentExplorer(ipywidgets.VBox):
     def _describe(self) -> None:
         """Pictures and words for what is picked, at the layer that is shown."""
         picked, n = np.sort(self.selection), len(self.ids)
+        ends = self._frame()[["x", "y"]].to_numpy()
+        joined = [self._line([tuple(ends[k]), tuple(ends[k + n])], "#777777") for k in np.unique(picked % n)[:_JOINED]]
+        self.scatter.annotations(joined)
         if not len(picked):
-            self.picked_said.value, self.pictures.value = (
-                "nothing is picked: click on a point, or hold Shift and drag around some",
-                "",
-            )
+            self.picked_said.value = "nothing is picked: click on a point, or press the lasso and draw around some"
+            self.pictures.value = ""
             return
         at_home = int((self.shown.others[picked, 0] == picked % n).sum())
         first = int((picked < n).sum())
         self.picked_said.value = (
-            f"picked {len(picked)}: {first} of {FLOWS[0]}, {len(picked) - first} of {FLOWS[1]}; for {at_home} the nearest of the "
-            "other flow is the own partner" + (f"; the first {SHOWN} are shown" if len(picked) > SHOWN else "")
+            f"picked {len(picked)}: {first} of {FLOWS[0]}, {len(picked) - first} of {FLOWS[1]}; {at_home} with their own partner "
+            "nearest in the other flow" + (f"; the first {SHOWN} are shown" if len(picked) > SHOWN else "")
         )
         self.pictures.value = f"<table>{''.join(self._row(point) for point in picked[:SHOWN])}</table>"
 
