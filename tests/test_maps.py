@@ -1,5 +1,6 @@
-"""Maps of the latent space: scores against scikit-learn, pairs and groups by hand, a cache that survives damage, refusals."""
+"""Maps of the latent space: scores against scikit-learn, pairs and groups by hand, a cache that survives damage, figures."""
 
+import sys
 import warnings
 
 import numpy as np
@@ -9,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.manifold import trustworthiness
 
+from umm_kit import plots
 from umm_kit.diagnostics import maps
 from umm_kit.diagnostics.maps import LatentMap, latent_map, nearness, paired_map
+from umm_kit.widgets import png
 
 FAST = {"method": "tsne", "max_iter": 250}
 
@@ -215,10 +218,10 @@ def test_pairs_are_matched_by_id():
 
 
 def test_neighbours_in_the_other_flow_by_hand():
-    U, G = np.array([[0.0], [10], [20], [30]]), np.array([[11.0], [1], [21], [31]])
+    U, G = np.array([[0.0], [10], [20], [30]]), np.array([[11.0], [1], [12], [31]])
     made = paired_map(U, G, "abcd", nearest=2)
-    assert made.others[:, 0].tolist() == [1, 0, 2, 3, 1, 0, 2, 3] and made.others.shape == (8, 2)
-    assert made.pairs.nearest.value == 0.5
+    assert made.others[:, 0].tolist() == [1, 0, 2, 3, 1, 0, 1, 3] and made.others.shape == (8, 2)
+    assert made.pairs.nearest.value == pytest.approx((2 / 4 + 1 / 4) / 2)
 
 
 def test_a_constant_difference_hides_pairs_unless_it_is_taken_off():
@@ -317,3 +320,181 @@ def test_large_sets_leave_out_whole_labels(monkeypatch):
 def test_nearness_refuses(args, says):
     with pytest.raises(ValueError, match=says):
         nearness(*args)
+
+
+# --- figures -----------------------------------------------------------------------------------------------------------
+
+
+def pair(n=12, seed=0, **options):
+    U = cloud(n, seed=seed)
+    return paired_map(U, U + cloud(n, seed=seed + 1) / 9, [f"s{i}" for i in range(n)], **options)
+
+
+def test_figure_shows_every_point_its_flow_its_partner_and_the_scores():
+    made = pair()
+    figure = plots.latent_map({"layer 3": made, "one flow": latent_map(cloud())})
+    both, single = figure.axes
+    (circles, triangles), lines = both.collections[1:], both.collections[0]
+    assert np.allclose(circles.get_offsets(), made.positions[:12]) and np.allclose(triangles.get_offsets(), made.positions[12:])
+    assert not np.array_equal(circles.get_paths()[0].vertices, triangles.get_paths()[0].vertices), "not told by hue alone"
+    assert np.allclose(lines.get_segments(), np.stack([made.positions[:12], made.positions[12:]], 1))
+    title = both.get_title().split("\n")
+    assert title[0] == "layer 3" and f"{made.trustworthiness:.2f}" in title[1] and f"{made.neighbour_overlap:.2f}" in title[2]
+    assert f"{made.chance:.2f}" in title[2] and f"{made.pairs.nearest.value:.2f}" in title[3]
+    assert both.get_xlabel() == f"{made.variance[0]:.0%} of variance"
+    assert len(single.collections) == 1 and len(single.get_title().split("\n")) == 3
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["understanding", "generation"]
+
+
+def test_figure_joins_no_more_pairs_than_asked():
+    assert len(plots.latent_map({"a": pair()}, join=5).axes[0].collections[0].get_segments()) == 5
+    assert len(plots.latent_map({"a": pair()}, join=0).axes[0].collections) == 2
+
+
+def test_figure_colours_classes_and_numbers():
+    classes = np.array(list("aabbccddeeff"))
+    figure = plots.latent_map({"a": pair()}, classes)
+    colours = figure.axes[0].collections[1].get_facecolors()
+    assert len(np.unique(colours, axis=0)) == 6 and np.array_equal(colours[0], colours[1])
+    assert np.array_equal(colours, figure.axes[0].collections[2].get_facecolors()), "both flows by the factor"
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["understanding", "generation", *"abcdef"]
+    figure = plots.latent_map({"a": pair()}, torch.linspace(0, 1, 12), "brightness")
+    assert np.allclose(figure.axes[0].collections[1].get_array(), np.linspace(0, 1, 12))
+    assert figure.axes[1].get_ylabel() == "brightness"
+
+
+def test_rare_classes_are_named_other():
+    many = np.repeat(np.arange(15), [9] * 10 + [1] * 5)
+    figure = plots.latent_map({"a": latent_map(cloud(95))}, many)
+    names = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert len(names) == 11 and names[-1] == "other"
+    assert len(np.unique(figure.axes[0].collections[0].get_facecolors()[90:], axis=0)) == 1
+
+
+def test_figure_is_the_same_again():
+    assert png(plots.latent_map({"a": pair()}, np.arange(12) // 3)) == png(plots.latent_map({"a": pair()}, np.arange(12) // 3))
+
+
+@pytest.mark.parametrize("values", [np.arange(11.0), np.full(12, np.nan), np.zeros((12, 2))])
+def test_figure_refuses_values_that_are_not_one_each(values):
+    with pytest.raises(ValueError, match="expected 12 finite ones"):
+        plots.latent_map({"a": pair()}, values)
+
+
+def test_figure_refuses_no_map():
+    with pytest.raises(ValueError, match="no maps"):
+        plots.latent_map({})
+
+
+def test_heat_map_names_its_blocks():
+    values = np.arange(25.0).reshape(5, 5) / 24
+    figure = plots.heat_map(torch.from_numpy(values), {"u": [0, 1], "g": [0, 1, 2]}, "CKA")
+    ax = figure.axes[0]
+    assert np.allclose(ax.images[0].get_array(), values)
+    assert [t.get_text() for t in ax.get_xticklabels()] == list("01012") and [t.get_text() for t in ax.texts] == [
+        "u",
+        "u",
+        "g",
+        "g",
+    ]
+    assert [line.get_xdata()[0] for line in ax.lines[1::2]] == [1.5]
+    with pytest.raises(ValueError, match="as many rows and columns as labels"):
+        plots.heat_map(values, {"u": [0, 1]})
+
+
+def test_probe_curves_stand_by_flow_and_kind():
+    from umm_kit.diagnostics.probes import Target, probe
+    from umm_kit.features import Features
+
+    X = torch.from_numpy(cloud(40))
+    states = {(flow, layer): X * (1 + layer) for flow in ("understanding", "generation") for layer in (0, 1)}
+    targets = {"first": Target(X[:, 0], said=True), "last": Target(X[:, 4], said=False)}
+    figure = plots.probes(probe(Features([str(i) for i in range(40)], states, {}, {}), targets).to_frame())
+    assert [ax.get_title() for ax in figure.axes] == [
+        f"{f}: {k}" for f in ("understanding", "generation") for k in ("said", "unsaid")
+    ]
+    first, control = figure.axes[0].lines
+    assert np.allclose(first.get_ydata(), 1, atol=0.01) and abs(control.get_ydata()).max() < 0.5
+
+
+# --- the explorer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def explorer():
+    pytest.importorskip("jscatter")
+    from umm_kit.widgets.latent import latent_explorer
+
+    drawn = {"pca": {0: pair(), 1: pair(seed=4), 2: pair(seed=5)}, "t-SNE": {2: pair(seed=5, **FAST)}}
+    images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    factors = {"count": np.arange(12) % 3, "grey": np.linspace(0, 1, 12)}
+    return latent_explorer(drawn, images, [f"caption <{i}>" for i in range(12)], factors)
+
+
+def test_explorer_draws_the_chosen_map(explorer):
+    assert explorer.said.value.startswith("layer 0, pca, coloured by flow: trustworthiness")
+    points = explorer.plot.points[:, :2].copy()
+    explorer.layer.value = 1
+    assert explorer.said.value.startswith("layer 1, pca") and not np.allclose(explorer.plot.points[:, :2], points)
+    # One factor for both axes: distances on the screen are those of the map.
+    now, true = explorer.plot.points[:, :2], explorer.shown.positions
+    scale = np.linalg.norm(now[0] - now[5]) / np.linalg.norm(true[0] - true[5])
+    assert np.allclose(np.linalg.norm(now - now[3], axis=1), scale * np.linalg.norm(true - true[3], axis=1), atol=1e-5)
+    for colour in ("count", "grey", "flow"):
+        explorer.colour.value = colour
+        assert f"coloured by {colour}" in explorer.said.value and explorer.plot.color_title == colour
+        assert not explorer.plot.non_spatial_points_update, "or picking might use the places of before"
+
+
+def test_explorer_offers_the_layers_of_a_method(explorer):
+    explorer.layer.value = 1
+    explorer.method.value = "t-SNE"
+    assert explorer.layer.options == (2,) and explorer.said.value.startswith("layer 2, t-SNE")
+    explorer.method.value = "pca"
+    assert explorer.layer.options == (0, 1, 2) and explorer.layer.value == 2
+
+
+def test_explorer_tells_what_was_picked(explorer):
+    assert explorer.picked_said.value.startswith("nothing is picked") and explorer.pictures.value == ""
+    explorer.selection = [3, 12 + 7]
+    others = explorer.shown.others[[3, 19]]
+    own = int(others[0, 0] == 3) + int(others[1, 0] == 7)
+    assert explorer.picked_said.value.startswith(f"picked 2: 1 of understanding, 1 of generation; {own} with their own partner")
+    shown = explorer.pictures.value
+    assert shown.count("<img ") == 8 and shown.count("data:image/png;base64,") == 8
+    for item in {3, 7, *others.ravel().tolist()}:
+        assert f'alt="s{item}"' in shown and f"caption &lt;{item}&gt;" in shown
+    assert "count 0, grey 0.27" in shown
+    ends = explorer.plot.annotations
+    assert len(ends) == 2, "a line from each to its partner"
+    explorer.layer.value = 1
+    assert explorer.selection.tolist() == [3, 19] and explorer.pictures.value != shown
+    explorer.selection = range(24)
+    assert explorer.pictures.value.count("<tr>") == 3 and "the first 3 are shown" in explorer.picked_said.value
+    explorer.selection = []
+    assert explorer.pictures.value == "" and not explorer.plot.annotations
+
+
+def test_explorer_refuses(explorer):
+    from umm_kit.widgets.latent import latent_explorer
+
+    with pytest.raises(ValueError, match="expected rows from 0 to 23"):
+        explorer.selection = [24]
+    images, texts = torch.rand(12, 3, 8, 8), ["x"] * 12
+    for drawn, pictures, factors, says in (
+        ({}, images, {}, "there are no maps"),
+        ({"pca": {0: pair()}}, images[:5], {}, "one of each for every id"),
+        ({"pca": {0: pair(), 1: pair(11)}}, images, {}, "same ids in every map"),
+        ({"pca": {0: pair()}}, images, {"flow": np.arange(12)}, "the map's own"),
+        ({"pca": {0: pair()}}, images, {"jitter": np.zeros((12, 2))}, "one value for each id"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            latent_explorer(drawn, pictures, texts, factors)
+
+
+def test_explorer_says_what_to_install(monkeypatch):
+    from umm_kit.widgets.latent import latent_explorer
+
+    monkeypatch.setitem(sys.modules, "jscatter", None)
+    with pytest.raises(ImportError, match="pip install jupyter-scatter"):
+        latent_explorer({"pca": {0: pair()}}, torch.rand(12, 3, 8, 8), ["x"] * 12, {})

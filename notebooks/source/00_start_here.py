@@ -192,7 +192,7 @@ plots.image_grid(drawn, titles=prompts, notes=[verdict(v.ok, v.reasons) for v in
 # / 2T)) tokens hidden: few are fixed at first, while little is known, and many at the end, when each is nearly decided by the
 # others. One code at a time in a random order is exact: it is what training hides and asks. Keeping the surest changes the
 # distribution. "A ring" may stand in nine places, so at every single token the ground is the likeliest code and is kept
-# first; the more ground is fixed, the fewer places are left, until none is.
+# first; the more ground is fixed, the fewer places are left, and none may be.
 # </details>
 
 # %% [markdown]

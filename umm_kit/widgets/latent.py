@@ -99,9 +99,9 @@ class LatentExplorer(ipywidgets.VBox):
         self.method.observe(lambda _: self._offer(), "value")
         self.layer.observe(lambda _: self._draw(), "value")
         self.colour.observe(lambda _: self._draw(), "value")
-        row = ipywidgets.HBox([self.plot, ipywidgets.VBox([self.picked_said, self.pictures])])
+        row = ipywidgets.HBox([self.plot, self.pictures])
         controls = ipywidgets.HBox([self.layer, self.method, self.colour])
-        super().__init__([ipywidgets.HTML(_STYLE), controls, self.said, row])
+        super().__init__([ipywidgets.HTML(_STYLE), controls, self.said, self.picked_said, row])
         self._draw()
         self._describe()
 
