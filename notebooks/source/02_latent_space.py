@@ -325,7 +325,7 @@ uk.expect(best.nearer.low, low=best.null[1], n=wanted, claim="understanding: var
 # **What you should see.** In the shipped model understanding brings the variants together whatever the nuisances are, nearly
 # perfectly in the upper half. Generation does so too, but only where there are no nuisances: where they vary, its distances
 # are mostly grey and brightness (section 4), and the scene drowns in them. It holds the scene, but does not *sort* by it. Across
-# flows an anchor is recognised, in the lower layers more than at the end.
+# flows an anchor is recognised well in the lower layers, and hardly at the end.
 #
 # **If you see something else.** Each variant also has its own draw of hidden tokens; exercise 3 hides the same in all four.
 #
