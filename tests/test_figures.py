@@ -45,11 +45,12 @@ def test_a_missing_file_of_numbers_is_named(folder):
 def test_conflict_along_draws_shallow_middle_and_deep():
     metrics = ("conflict", "within_understanding", "within_generation", "disattenuated_cosine")
     rows = [
-        {"layer": f"layer {k}", "metric": m, "step": s, "value": s / 10, "low": 0.0, "high": 1.0}
+        {"layer": f"layer {k}", "metric": m, "step": s, "value": s / 10, "low": 0.0, "high": 1.0, "n": 8}
         for k in range(1, 6) for m in metrics for s in (2, 1)
     ]  # fmt: skip
     figure = conflict_along(pd.DataFrame(rows))
     assert [ax.get_ylabel() for ax in figure.axes] == ["1 - cos", "cos within U", "cos within G", "disattenuated cos"]
+    assert figure.axes[0].get_xlabel() == "training step (n = 8 pairs)"
     line = figure.axes[0].get_lines()[1]
     assert line.get_label() == "middle (layer 3)" and line.get_xdata().tolist() == [1, 2]
     assert line.get_ydata().tolist() == pytest.approx([0.1, 0.2])

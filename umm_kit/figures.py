@@ -45,7 +45,7 @@ def conflict_along(frame: pd.DataFrame) -> Figure:
         for where, layer in chosen.items():
             rows = frame[(frame.metric == metric) & (frame.layer == layer)].sort_values("step")
             series[f"{where} ({layer})"] = (rows.step, rows.value, rows.low, rows.high)
-        panels.append(plots.Panel(title, "training step", unit, series))
+        panels.append(plots.Panel(title, f"training step (n = {frame.n.max()} pairs)", unit, series))
     return plots.curves(panels, columns=4, size=(2.6, 2.6))
 
 
@@ -70,7 +70,7 @@ def calibration(frame: pd.DataFrame) -> Figure:
         for method in methods:
             rows = gaussian[gaussian.method == method]
             series[method] = (rows[target], rows.value, rows.low, rows.high)
-        panels.append(plots.Panel(title, unit, "estimate (nats)", series, nulls=("exact",)))
+        panels.append(plots.Panel(title, f"{unit}, n = {gaussian.n.max()}", "estimate (nats)", series, nulls=("exact",)))
     return plots.curves(panels, columns=2, size=(3.3, 2.8))
 
 
@@ -80,7 +80,9 @@ def _calibration(path: Path) -> Figure:
 
 def _scores(path: Path) -> Figure:
     content = json.loads(path.read_text())
-    return plots.scores(pd.DataFrame(content["metrics"]), content["chance"])
+    frame = pd.DataFrame(content["metrics"])
+    better = ~frame.metric.str.contains("yes_rate|unreadable")  # of the others, higher is better
+    return plots.scores(frame[better], content["chance"])
 
 
 def _training(path: Path) -> Figure:
