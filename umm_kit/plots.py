@@ -26,7 +26,7 @@ _MARKERS = "osD^vPX*"
 _OPPONENT = np.array([[0.30, 0.30, 0.30], [0.20, 0.20, -0.40], [0.25, -0.25, 0.0]])
 
 
-def _array(values: Any) -> np.ndarray:
+def as_array(values: Any) -> np.ndarray:
     """A NumPy array of an array or of a tensor on any device; NumPy has no bfloat16, so floats become float32."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
@@ -36,7 +36,7 @@ def _array(values: Any) -> np.ndarray:
 
 def as_pixels(images: Any) -> np.ndarray:
     """Images [n, 3, H, W] in [0, 1] as an array [n, H, W, 3]; ValueError for another shape."""
-    pixels = _array(images)
+    pixels = as_array(images)
     if pixels.ndim != 4 or pixels.shape[1] != 3 or not len(pixels):
         raise ValueError(f"images are {pixels.shape}; expected [n, 3, height, width] n >= 1 (images[None] makes one a batch)")
     return pixels.transpose(0, 2, 3, 1).clip(0, 1)
@@ -86,7 +86,7 @@ def image_grid(
     for name, given in (("titles", titles), ("notes", notes), ("masks", masks)):
         if given is not None and len(given) != n:
             raise ValueError(f"{len(given)} {name} came with {n} images; expected one each")
-    hidden = None if masks is None else _array(masks)
+    hidden = None if masks is None else as_array(masks)
     columns = max(1, min(columns, n))
     rows = math.ceil(n / columns)
     above, below = (["\n".join(_wrap(t, size)) for t in texts or [""] * n] for texts in (titles, notes))
@@ -130,7 +130,7 @@ def token_colours(states: Mapping[str, Any], offset: bool = False) -> tuple[dict
     Raises:
         ValueError: no flow, shapes that do not fit, values that are not finite.
     """
-    arrays = {flow: _array(a).astype(np.float64) for flow, a in states.items()}
+    arrays = {flow: as_array(a).astype(np.float64) for flow, a in states.items()}
     shapes = {flow: a.shape for flow, a in arrays.items()}
     if not arrays or any(len(s) != 3 for s in shapes.values()) or len({s[2] for s in shapes.values()}) > 1:
         raise ValueError(f"states are {shapes}; expected [images, tokens, width] for each flow, of one width")
@@ -191,7 +191,7 @@ def token_maps(
     figure = Figure(figsize=((len(wanted) + before) * size, len(states) * size + 0.5), layout="constrained")
     axes = figure.subplots(len(states), len(wanted) + before, squeeze=False)
     for row, flow in zip(axes, states, strict=True):
-        hidden = _array(masks[flow])[item].reshape(grid) if masks and flow in masks else None
+        hidden = as_array(masks[flow])[item].reshape(grid) if masks and flow in masks else None
         if before:
             _show(row[0], as_pixels(images)[item], hidden)
         for ax, layer in zip(row[before:], wanted, strict=True):
@@ -217,7 +217,7 @@ def scores(frame: Any, chance: Mapping[str, float] | None = None, width: float =
     if not len(frame):
         raise ValueError("the frame has no rows; expected one per metric")
     names = list(frame["metric"])[::-1]
-    value, low, high = (_array(frame[c])[::-1].astype(float) for c in ("value", "low", "high"))
+    value, low, high = (as_array(frame[c])[::-1].astype(float) for c in ("value", "low", "high"))
     figure = Figure(figsize=(width, 0.24 * len(names) + 0.7), layout="constrained")
     ax = figure.subplots()
     at = np.arange(len(names))
@@ -244,7 +244,7 @@ def cumulative(reference: Any, marks: Mapping[str, float], label: str, width: fl
     Raises:
         ValueError: values that a log axis cannot show.
     """
-    sample = np.sort(_array(reference).astype(float).ravel())
+    sample = np.sort(as_array(reference).astype(float).ravel())
     placed = {name: float(value) for name, value in marks.items()}
     everything = np.concatenate([sample, list(placed.values())])
     if not len(sample) or not (np.isfinite(everything).all() and (everything > 0).all()):
@@ -360,7 +360,7 @@ def curves(panels: Sequence[Panel], columns: int = 3, size: tuple[float, float] 
         figure.delaxes(ax)
     for ax, panel in zip(figure.axes, panels, strict=True):
         for k, (name, given) in enumerate(panel.series.items()):
-            x, *ys = (_array(values).astype(float) for values in given)
+            x, *ys = (as_array(values).astype(float) for values in given)
             if len(ys) not in (1, 3) or any(y.shape != x.shape or y.ndim != 1 for y in ys):
                 shapes = [x.shape, *(y.shape for y in ys)]
                 raise ValueError(f"{name!r} of {panel.title!r} has the shapes {shapes}; expected x, y or x, y, low, high")
@@ -375,6 +375,7 @@ def curves(panels: Sequence[Panel], columns: int = 3, size: tuple[float, float] 
         ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log" if panel.log else "linear")
         bottom, top = ax.get_ylim()
         ax.set_ylim(bottom, top + 0.09 * len(panel.series) * (top - bottom))  # the legend's place
+        ax.set_yticks([tick for tick in ax.get_yticks() if bottom <= tick <= top])  # where no value lies, no number
         ax.legend(fontsize=TEXT_SIZE - 1, loc="upper left", borderaxespad=0.1)
     return figure
 
@@ -431,7 +432,7 @@ def latent_map(
         raise ValueError("there are no maps; expected at least one")
     columns = min(columns, len(maps))
     rows = math.ceil(len(maps) / columns)
-    bar = 0.0 if values is None or not np.issubdtype(_array(values).dtype, np.floating) else 0.9
+    bar = 0.0 if values is None or not np.issubdtype(as_array(values).dtype, np.floating) else 0.9
     figure = Figure(figsize=(columns * size + bar, rows * (size + 0.6) + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax in list(axes)[len(maps) :]:
@@ -474,7 +475,7 @@ def _point_colours(values: Any, n: int) -> tuple[Any, dict[str, str], dict[str, 
     """Colours of n points (None: by flow), the classes' colours, and the options of a scale for numbers."""
     if values is None:
         return None, {}, {}
-    given = _array(values)
+    given = as_array(values)
     number = np.issubdtype(given.dtype, np.floating)
     if given.shape != (n,) or (number and not np.isfinite(given).all()):
         raise ValueError(f"the values to colour by are {given.shape} or not finite; expected {n} finite ones, one per row or id")
@@ -501,7 +502,7 @@ def heat_map(values: Any, groups: Mapping[str, Sequence[Any]], label: str = "", 
         >>> heat_map(np.eye(3), {"understanding": [0, 1], "generation": [0]}).axes[0].get_title()
         ''
     """
-    matrix, sizes = _array(values).astype(float), [len(labels) for labels in groups.values()]
+    matrix, sizes = as_array(values).astype(float), [len(labels) for labels in groups.values()]
     if matrix.ndim != 2 or matrix.shape != (sum(sizes), sum(sizes)):
         raise ValueError(f"the matrix is {matrix.shape} for groups of {sizes}; expected as many rows and columns as labels")
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")

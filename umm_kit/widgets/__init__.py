@@ -24,7 +24,7 @@ _STYLE = """<style>
 def png(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG file."""
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    figure.savefig(file, format="png", bbox_inches=figure.bbox_inches)  # "tight", as in our style, would draw it twice
     return file.getvalue()
 
 
@@ -58,10 +58,10 @@ class MaskPainter(ipywidgets.VBox):
             ipywidgets.ToggleButton(layout=size, tooltip=f"row {row + 1}, column {column + 1}").add_class("umm-token")
             for row, column in np.ndindex(*grid)
         ]
-        self.picture = ipywidgets.Image(value=_bare(image)).add_class("umm-canvas")
+        self.picture = ipywidgets.Image(value=pixel_png(image)).add_class("umm-canvas")
         spread = {"grid_template_rows": f"repeat({grid[0]}, 1fr)", "grid_template_columns": f"repeat({grid[1]}, 1fr)"}
         canvas = ipywidgets.GridBox([self.picture, *self._tokens], layout=ipywidgets.Layout(**square, **spread))
-        self.result = ipywidgets.Image(value=_bare(image), layout=ipywidgets.Layout(**square)).add_class("umm-result")
+        self.result = ipywidgets.Image(value=pixel_png(image), layout=ipywidgets.Layout(**square)).add_class("umm-result")
         self.said = ipywidgets.Label().add_class("umm-said")
         shown, buttons = [canvas.add_class("umm-painter")], [ipywidgets.Button(description="Clear").add_class("umm-clear")]
         buttons[0].on_click(lambda _: setattr(self, "mask", np.zeros(grid, dtype=bool)))
@@ -98,11 +98,11 @@ class MaskPainter(ipywidgets.VBox):
             return
         assert self._fill is not None
         self.said.value = f"filling in {hidden} tokens ..."
-        self.result.value = _bare(self._fill(self.mask))
+        self.result.value = pixel_png(self._fill(self.mask))
         self.said.value = f"filled in {hidden} tokens"
 
 
-def _bare(image: Any) -> bytes:
+def pixel_png(image: Any) -> bytes:
     """The pixels of one image [3, H, W] as a PNG file, without margins."""
     pixels, file = np.rint(plots.as_pixels(image[None])[0] * 255).astype(np.uint8), io.BytesIO()
     Image.fromarray(pixels).resize((256, 256), Image.Resampling.NEAREST).save(file, "PNG")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from umm_kit import plots
 from umm_kit.diagnostics.geometry import effective_rank_increment, residual_curve
 from umm_kit.diagnostics.spectrum import Spectrum, filling, token_spectrum
 from umm_kit.features import FLOWS, Features
+from umm_kit.widgets import png
 
 VARIANCES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)  # shares of understanding's variance, as rank rules
 CUTOFFS = tuple(round(0.1 * k, 1) for k in range(1, 14))  # in units of Nyquist
@@ -108,9 +108,7 @@ class InterferenceExplorer(ipywidgets.VBox):
         self._draw()
 
     def _draw(self) -> None:
-        figure, file = plots.curves(self.panels()), io.BytesIO()
-        figure.savefig(file, format="png", bbox_inches=figure.bbox_inches)  # "tight", as in our style, would draw it twice
-        self.picture.value = file.getvalue()
+        self.picture.value = png(plots.curves(self.panels()))
         here, cutoff = self.found[self.mask_ratio.value][self.layer.value], self.cutoff.value
         k = here.components(self.rank.value)
         u, g = (here.above(flow, cutoff) for flow in FLOWS)

@@ -13,8 +13,8 @@ import pandas as pd
 
 from umm_kit.diagnostics.maps import PairedMap
 from umm_kit.features import FLOWS
-from umm_kit.plots import _array
-from umm_kit.widgets import _bare
+from umm_kit.plots import as_array
+from umm_kit.widgets import pixel_png
 
 SHOWN = 3  # picked points whose pictures are shown
 _JOINED = 100  # picked points that are joined with their partners
@@ -69,7 +69,7 @@ class LatentExplorer(ipywidgets.VBox):
         if not everything:
             raise ValueError("there are no maps; expected method -> layer -> paired_map(...)")
         self.ids, n = list(everything[0].ids), len(everything[0].ids)
-        self._factors = {name: _array(values) for name, values in factors.items()}
+        self._factors = {name: as_array(values) for name, values in factors.items()}
         sizes = {"images": len(images), "texts": len(texts)} | {name: len(values) for name, values in self._factors.items()}
         if any(list(m.ids) != self.ids for m in everything) or any(size != n for size in sizes.values()):
             raise ValueError(
@@ -185,7 +185,7 @@ class LatentExplorer(ipywidgets.VBox):
         return f"<tr>{''.join(cells)}</tr>"
 
     def _card(self, item: int, head: str, factors: bool = False) -> str:
-        picture = base64.b64encode(_bare(self._images[item])).decode()
+        picture = base64.b64encode(pixel_png(self._images[item])).decode()
         values = [f"{k} {v[item]:.2f}" if v.dtype.kind == "f" else f"{k} {v[item]}" for k, v in self._factors.items()]
         more = f"<p><small>{html.escape(', '.join(values))}</small></p>" if factors and values else ""
         lines = f"<p>{head}</p><p>{html.escape(str(self._texts[item]))}</p>{more}"
