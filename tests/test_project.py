@@ -150,13 +150,14 @@ def test_editors_see_what_python_serves():
 def test_package_stays_thin():
     modules = [p for p in (ROOT / "umm_kit").rglob("*.py") if p.name != "__init__.py" or p.stat().st_size]
     lines = sum(len(p.read_text().splitlines()) for p in modules)
-    assert len(modules) <= 40 and lines <= 12000, (len(modules), lines)
+    assert len(modules) <= 60 and lines <= 18000, (len(modules), lines)
     assert not {"utils.py", "helpers.py", "misc.py"} & {p.name for p in modules}
     assert not (ROOT / "umm_kit/core").exists()
 
 
 def test_imports_run_one_way():
-    order = ["data", "models", "losses", "features", "diagnostics", "trainers", "evaluation", "plots", "widgets", "cli"]
+    order = ["data", "models", "losses", "features", "diagnostics", "trainers", "evaluation", "plots"]
+    order += ["widgets", "experiments", "cli"]
     for path in (ROOT / "umm_kit").rglob("*.py"):
         part = path.relative_to(ROOT / "umm_kit").parts[0].removesuffix(".py")
         if part not in order:

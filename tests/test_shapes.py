@@ -13,6 +13,8 @@ from umm_kit.data.shapes import (
     CELLS,
     COLOURS,
     HELD_OUT,
+    MAX_OBJECTS,
+    ONE_FLOW,
     RGB,
     SHAPES,
     SIZES,
@@ -24,6 +26,7 @@ from umm_kit.data.shapes import (
     Shapes,
     meaning_key,
     sample_nuisance,
+    shows_any,
 )
 
 FIELDS = ("count", "cell", "shape", "colour", "size")
@@ -286,3 +289,55 @@ def test_factors_name_what_objects_say():
         said = [SceneObject(CELLS[c], SHAPES[s], COLOURS[k], SIZES[z]) for c, s, k, z in columns if c >= 0]
         assert said == data.objects(i) and len(said) == f["count"]
         assert (f["shape"][f["count"] :] == -1).all()
+
+
+# --- chosen compositions -----------------------------------------------------------------------------------------------
+
+RINGS, SQUARES = (("red", "ring"), ("blue", "ring")), (("green", "square"),)
+
+
+def naive_shows(scenes, i, pairs):
+    return any((o.colour, o.shape) in pairs for o in scenes.objects(i))
+
+
+def test_containing_and_without_choose_the_scenes():
+    scenes = Shapes("test", n=100, seed=3, containing=RINGS, without=SQUARES).scenes(range(100))
+    assert all(naive_shows(scenes, i, RINGS) and not naive_shows(scenes, i, SQUARES) for i in range(100))
+    assert shows_any(scenes.colour, scenes.shape, RINGS).all() and not shows_any(scenes.colour, scenes.shape, SQUARES).any()
+    assert len(set(scenes.count)) == MAX_OBJECTS, "scenes of every size"
+
+
+def test_without_a_choice_scenes_are_the_same_as_before():
+    everything, fewer = (Shapes("train", n=200, seed=5, without=pairs).scenes(range(200)) for pairs in ((), SQUARES))
+    kept = [i for i in range(200) if not naive_shows(everything, i, SQUARES)]
+    assert 0 < len(kept) < 200
+    assert all(everything.objects(i) == fewer.objects(i) for i in kept), "a scene that is admissible stays the first attempt"
+
+
+def test_no_composition_is_shown_to_one_flow_and_held_out():
+    pairs = [*HELD_OUT, *ONE_FLOW["understanding"], *ONE_FLOW["generation"]]
+    assert len(set(pairs)) == len(pairs) == 9
+
+
+def test_what_cannot_be_drawn_is_said():
+    with pytest.raises(ValueError, match="no composition; expected"):
+        Shapes("test", n=2, containing=(("red", "hexagon"),))
+    impossible = Shapes("test", n=2, containing=RINGS, without=RINGS)
+    with pytest.raises(ValueError, match="no scene"):
+        impossible.scenes([0])
+
+
+def test_ids_tell_apart_what_looks_different():
+    plain = Shapes("test", n=2, seed=1)
+    others = [
+        plain.with_nuisance(texture="high"),
+        plain.with_nuisance(grey=0.5),
+        plain.with_nuisance(nuisance_seed=9),
+        Shapes("test", n=2, seed=1, image_size=64),
+        Shapes("test", n=2, seed=1, style="placed"),
+        Shapes("test", n=2, seed=1, without=SQUARES),
+        Shapes.of([plain.objects(1), plain.objects(0)], seed=1),
+    ]
+    ids = [data[0]["id"] for data in (plain, *others)]
+    assert len(set(ids)) == len(ids), ids
+    assert ids[0] == "test-1-1-0" and Shapes("test", n=7, seed=1)[0]["id"] == ids[0], "n is no part of a scene"

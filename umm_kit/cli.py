@@ -21,6 +21,7 @@ from umm_kit import __version__
 TRAINERS = {
     "tokenizer": ("umm_kit.trainers.tokenizer", "TokenizerConfig"),
     "masked": ("umm_kit.trainers.pretrain", "PretrainConfig"),
+    "diva": ("umm_kit.trainers.diva", "DIVAConfig"),
 }
 HEADLINES = ("caption_f1", "qa_existence", "qa_relation", "generation_overall", "inpainting_objects")
 
@@ -101,8 +102,12 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     command(info)
 
     sub = command(reproduce, folder)
+    sub.add_argument("what", nargs="?", choices=("notebooks", "atlas"), default="notebooks", help="(default: %(default)s)")
     sub.add_argument("--preset", choices=("tiny", "full"), default="full", help="tiny is for tests (default: %(default)s)")
     sub.add_argument("--output", default="build", metavar="FOLDER", help="executed notebooks and figures (default: %(default)s)")
+    sub.add_argument("--records", type=Path, metavar="FILE.jsonl", help="of an experiment (default: experiments/WHAT.jsonl)")
+    sub.add_argument("--runs", default="runs", metavar="FOLDER", help="of an experiment's models (default: %(default)s)")
+    sub.add_argument("--part", default="1/1", metavar="K/M", help="every M-th run, from the K-th: M processes share the work")
 
     sub = command(notebooks, folder)
     sub.add_argument("names", nargs="*", metavar="NAME", help="such as 00_start_here (default: all)")
@@ -299,10 +304,21 @@ def _headline(path: Path) -> str:
 
 
 def reproduce(args: argparse.Namespace) -> int:
-    """run every notebook and compare what comes out with what is claimed"""
-    from umm_kit.reproduce import reproduce as run
+    """run every notebook and compare what comes out with what is claimed; or an experiment, from its records on"""
+    if args.what == "notebooks":
+        from umm_kit.reproduce import reproduce as run
 
-    return 0 if run(args.notebooks, args.output, args.preset) else 1
+        return 0 if run(args.notebooks, args.output, args.preset) else 1
+    from umm_kit.experiments import atlas
+
+    part = [int(number) for number in args.part.split("/") if number.isdigit()]
+    if len(part) != 2 or not 1 <= part[0] <= part[1]:
+        raise ValueError(f"--part is {args.part!r}; expected K/M with 1 <= K <= M, such as 1/2")
+    records = args.records or Path("experiments") / f"{args.what}.jsonl"
+    frame = atlas.run(args.preset, records, Path(args.runs) / args.what, (part[0], part[1]))
+    print(frame.to_string(index=False, float_format="%.3f"))
+    print(f"\nDoes the other task hurt?\n{atlas.verdicts(frame).to_string(index=False)}")
+    return 0
 
 
 def notebooks(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from umm_kit.data.shapes import CELLS, COLOUR_WEIGHTS, COLOURS, HELD_OUT, SHAPE_WEIGHTS, SHAPES, SIZES, SceneObject, Shapes
+from umm_kit.data.shapes import CELLS, COLOUR_WEIGHTS, COLOURS, HELD_OUT, SHAPE_WEIGHTS, SHAPES, SIZES, Pairs, SceneObject, Shapes
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 STYLES = ("list", "count", "relation", "placed")
@@ -184,13 +184,23 @@ class Prompt:
     text: str
 
 
-def prompts(split: str = "test", n_per_category: int = 64, seed: int = 0, categories: Sequence[str] = CATEGORIES) -> list[Prompt]:
-    """Prompts of GenEval's six categories, each true of a scene of the split (and of many other pictures)."""
+def prompts(
+    split: str = "test",
+    n_per_category: int = 64,
+    seed: int = 0,
+    categories: Sequence[str] = CATEGORIES,
+    containing: Pairs = (),
+    without: Pairs = (),
+) -> list[Prompt]:
+    """Prompts of GenEval's six categories, each true of a scene of the split (and of many other pictures).
+
+    ``containing`` and ``without`` choose the scenes, as for :class:`Shapes`.
+    """
     unknown = sorted(set(categories) - set(CATEGORIES))
     if unknown:
         raise ValueError(f"unknown prompt categories {unknown}; expected some of {CATEGORIES}")
     found: dict[str, list[Prompt]] = {c: [] for c in categories}
-    data = Shapes(split, n=10**9, seed=seed)
+    data = Shapes(split, n=10**9, seed=seed, containing=containing, without=without)
     for start in range(0, 10**6, 1024):
         scenes = data.scenes(np.arange(start, start + 1024))
         for row in range(1024):

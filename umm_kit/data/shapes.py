@@ -11,6 +11,7 @@ Every draw is a pure function of (seed, split, index): scene ``i`` is the same w
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -28,8 +29,15 @@ WORDS = {"cell": CELLS, "shape": SHAPES, "colour": COLOURS, "size": SIZES}
 SPLITS = ("train", "validation", "test", "heldout")
 #: (colour, shape) pairs that occur in no split but "heldout", where every scene has at least one.
 HELD_OUT = (("orange", "triangle"), ("green", "cross"), ("purple", "circle"))
+#: (colour, shape) pairs that asymmetric training shows to one flow alone: what one flow knows, the other can only be taught.
+ONE_FLOW = {
+    "understanding": (("red", "cross"), ("yellow", "ring"), ("blue", "triangle")),
+    "generation": (("orange", "circle"), ("green", "square"), ("purple", "ring")),
+}
 #: Texture levels per patch; the entropy of the texture is log2 of it, in bits per patch.
 TEXTURE_LEVELS = {"none": 1, "mid": 2, "high": 8}
+
+Pairs = Sequence[tuple[str, str]]
 
 RGB = np.array(
     [[0.82, 0.08, 0.10], [0.86, 0.46, 0.02], [0.84, 0.80, 0.06], [0.04, 0.60, 0.12], [0.10, 0.26, 0.84], [0.58, 0.08, 0.76]],
@@ -42,7 +50,7 @@ MAX_OBJECTS = 4
 PATCH_GRID = 8  # the texture grid; the image tokenizer uses the same one
 JITTER_STEPS = np.array([-0.5, 0.0, 0.5], dtype=np.float32)  # in pixels of a 32-pixel image, at strength 1
 _DIAMETER = {"small": 6.8, "large": 9.4}  # in pixels of a 32-pixel image
-_MAX_ATTEMPTS = 1000
+_MAX_ATTEMPTS = 10_000  # one scene in about 400 is of the wanted number of objects and contains a rare composition
 
 
 @dataclass(frozen=True, order=True)
@@ -149,8 +157,8 @@ def meaning_key(scenes: Scenes) -> np.ndarray:
     return code @ (61 ** np.arange(MAX_OBJECTS))
 
 
-def _draw(seed: int, salt: int, index: np.ndarray) -> Scenes:
-    u = hash_uniform(stream_key(seed, salt, index), 27)
+def _draw(key: np.ndarray) -> Scenes:
+    u = hash_uniform(key, 27)
     count = 1 + (u[:, 0] * MAX_OBJECTS).astype(np.int64)
     present = np.arange(MAX_OBJECTS) < count[:, None]
     cell = np.argsort(u[:, 1:10], axis=1)[:, :MAX_OBJECTS]
@@ -165,36 +173,60 @@ def _draw(seed: int, salt: int, index: np.ndarray) -> Scenes:
     return Scenes(count, *(np.where(present, a, -1) for a in (cell, shape, colour, size)))
 
 
-def _admissible(scenes: Scenes, split: str) -> np.ndarray:
-    held = np.zeros(len(scenes), dtype=bool)
-    for colour, shape in HELD_OUT:
-        held |= ((scenes.colour == COLOURS.index(colour)) & (scenes.shape == SHAPES.index(shape))).any(axis=1)
+def shows_any(colour: np.ndarray | Tensor, shape: np.ndarray | Tensor, pairs: Pairs) -> np.ndarray:
+    """Which scenes have an object of one of these (colour, shape) pairs; ``colour`` and ``shape`` are [n, 4] of factors.
+
+    Raises:
+        ValueError: a pair is not a colour and a shape.
+
+    Example:
+        >>> shows_any(np.array([[0, -1]]), np.array([[3, -1]]), [("red", "cross")])
+        array([ True])
+    """
+    found = np.zeros(len(colour), dtype=bool)
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] not in COLOURS or pair[1] not in SHAPES:
+            raise ValueError(f"{pair!r} is no composition; expected (colour, shape), of {COLOURS} and {SHAPES}")
+        found |= np.asarray((colour == COLOURS.index(pair[0])) & (shape == SHAPES.index(pair[1]))).any(axis=1)
+    return found
+
+
+def _admissible(scenes: Scenes, split: str, containing: Pairs, without: Pairs) -> np.ndarray:
+    held = shows_any(scenes.colour, scenes.shape, HELD_OUT)
+    chosen = ~shows_any(scenes.colour, scenes.shape, without)
+    if containing:
+        chosen &= shows_any(scenes.colour, scenes.shape, containing)
     if split == "heldout":
-        return held
+        return held & chosen
     # Meanings of two objects or more belong to one split only; the few of one object are shared by all.
     bucket = (hash_uniform(meaning_key(scenes).astype(np.uint64), 1)[:, 0] * 10).astype(int)
     mine = {"train": bucket < 8, "validation": bucket == 8, "test": bucket == 9}[split]
-    return ~held & (mine | (scenes.count == 1))
+    return ~held & chosen & (mine | (scenes.count == 1))
 
 
-def sample_scenes(split: str, seed: int, index: np.ndarray) -> Scenes:
+def sample_scenes(split: str, seed: int, index: np.ndarray, containing: Pairs = (), without: Pairs = ()) -> Scenes:
     """Draw scenes by rejection: the first admissible attempt of each index."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
     index = np.asarray(index, dtype=np.int64)
-    out, pending, wanted = Scenes.blank(len(index)), np.arange(len(index)), None
-    for attempt in range(_MAX_ATTEMPTS):
-        if not len(pending):
-            return out
-        # Salts of the splits differ, so that equal indices do not share draws.
-        draw = _draw(seed, 1 + SPLITS.index(split) + 8 * attempt, index[pending])
-        # The share of single-object scenes must not grow with the rejections of the others: fix the count first.
-        wanted = draw.count if wanted is None else wanted
-        ok = (draw.count == wanted[pending]) & _admissible(draw, split)
+    out, pending, attempt = Scenes.blank(len(index)), np.arange(len(index)), 0
+    # Salts of the splits differ, so that equal indices do not share draws.
+    keys = lambda attempt: stream_key(seed, 1 + SPLITS.index(split) + 8 * attempt, index[pending])  # noqa: E731
+    # The share of single-object scenes must not grow with the rejections of the others: fix the count first.
+    wanted = _draw(keys(0)).count
+    while len(pending) and attempt < _MAX_ATTEMPTS:
+        several = max(1, min(attempt, 512 // len(pending)))  # attempts at once: the last few scenes may need thousands
+        draw = _draw(np.concatenate([keys(attempt + k) for k in range(several)]))
+        ok = _admissible(draw, split, containing, without) & (draw.count == np.tile(wanted[pending], several))
+        ok = ok.reshape(several, len(pending))
+        found, first = ok.any(0), ok.argmax(0)
+        rows = first[found] * len(pending) + np.flatnonzero(found)
         for factor, values in out.factors().items():
-            values[pending[ok]] = getattr(draw, factor)[ok]
-        pending = pending[~ok]
-    raise AssertionError("rejection sampling did not end")
+            values[pending[found]] = getattr(draw, factor)[rows]
+        pending, attempt = pending[~found], attempt + several
+    if not len(pending):
+        return out
+    raise ValueError(f"no scene of {split!r} was found that contains {containing} and is without {without}; ask for less")
 
 
 def sample_nuisance(strength: Nuisance, seed: int, index: np.ndarray) -> dict[str, np.ndarray]:
@@ -290,7 +322,8 @@ class Shapes(torch.utils.data.Dataset):
 
     Items are mappings ``id`` (stable string), ``images`` [3, H, W] float in [0, 1], ``texts`` (a caption), ``factors``
     (tensors: those of :class:`Scenes` and of :func:`sample_nuisance`). ``nuisance_seed`` (default: ``seed``) re-draws only what
-    captions never mention; ``fixed`` holds scenes of your own, see :meth:`of`.
+    captions never mention; ``containing`` and ``without`` are (colour, shape) pairs of which every scene has at least one, or
+    none; ``fixed`` holds scenes of your own, see :meth:`of`.
 
     Raises:
         ValueError: unknown split or texture, n < 1, image size not a multiple of 16 or below 32.
@@ -308,7 +341,10 @@ class Shapes(torch.utils.data.Dataset):
     nuisance: Nuisance = Nuisance()
     nuisance_seed: int = None  # type: ignore[assignment]
     style: str = "mixed"
+    containing: Pairs = ()
+    without: Pairs = ()
     fixed: Scenes | None = None
+    name: str = ""  # of scenes of your own; a part of their ids
 
     def __post_init__(self) -> None:
         from umm_kit.data.language import STYLES
@@ -321,13 +357,19 @@ class Shapes(torch.utils.data.Dataset):
             raise ValueError(f"style is {self.style!r}; expected 'mixed' or one of {STYLES}")
         box_size(self.image_size)
         self.nuisance_seed = self.seed if self.nuisance_seed is None else self.nuisance_seed
+        shows_any(np.empty((0, 1)), np.empty((0, 1)), (*self.containing, *self.without))
+        self._ids = f"{self.name or self.split}-{self.seed}-{self.nuisance_seed}"
+        settings = (self.image_size, self.nuisance, self.style, tuple(self.containing), tuple(self.without))
+        if settings != (32, Nuisance(), "mixed", (), ()):  # other pictures or words need other ids
+            self._ids += f"-{zlib.crc32(repr(settings).encode()):08x}"
 
     def __len__(self) -> int:
         return self.n
 
     def __repr__(self) -> str:
         settings = f"n={self.n}, seed={self.seed}, image_size={self.image_size}, texture={self.nuisance.texture!r}"
-        return f"Shapes({self.split!r}, {settings})"
+        chosen = "".join(f", {name}={pairs}" for name in ("containing", "without") if (pairs := getattr(self, name)))
+        return f"Shapes({self.split!r}, {settings}{chosen})"
 
     def _index(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         index = np.asarray(indices, dtype=np.int64)
@@ -340,7 +382,7 @@ class Shapes(torch.utils.data.Dataset):
         """Said factors of the given scenes."""
         index = self._index(indices)
         if self.fixed is None:
-            return sample_scenes(self.split, self.seed, index)
+            return sample_scenes(self.split, self.seed, index, self.containing, self.without)
         return Scenes(*(values[index] for values in self.fixed.factors().values()))
 
     def objects(self, i: int) -> list[SceneObject]:
@@ -405,7 +447,7 @@ class Shapes(torch.utils.data.Dataset):
         factors = {k: torch.from_numpy(np.asarray(v)) for k, v in (scenes.factors() | nuisance).items()}
         return [
             {
-                "id": f"{self.split}-{self.seed}-{self.nuisance_seed}-{i}",
+                "id": f"{self._ids}-{i}",
                 "images": images[row],
                 "texts": self._caption(scenes.objects(row), styles[row]),
                 "factors": {k: v[row] for k, v in factors.items()},
@@ -424,7 +466,9 @@ class Shapes(torch.utils.data.Dataset):
     @classmethod
     def of(cls, objects: Sequence[Sequence[SceneObject]], seed: int = 0, **options) -> Shapes:
         """Scenes of your own, from lists of :class:`SceneObject`."""
-        return cls("test", len(objects), seed, fixed=Scenes.of(objects), **options)
+        scenes = Scenes.of(objects)
+        told = zlib.crc32(b"".join(values.tobytes() for values in scenes.factors().values()))
+        return cls("test", len(objects), seed, fixed=scenes, **{"name": f"own-{told:08x}", **options})
 
     @classmethod
     def anchors(cls, factor: str = "colour", n: int = 10, variants: int = 4, seed: int = 0, **options) -> Shapes:

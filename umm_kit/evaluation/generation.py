@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,22 +12,22 @@ import torch
 from umm_kit.data.digits import Digits, to_scan
 from umm_kit.data.language import CATEGORIES, parse, prompts
 from umm_kit.data.oracle import Oracle, score_prompt
-from umm_kit.data.shapes import CELLS, HELD_OUT, Shapes, box_size, cell_origin
+from umm_kit.data.shapes import CELLS, HELD_OUT, Pairs, Shapes, box_size, cell_origin
 from umm_kit.evaluation.understanding import Examiner, items_of, majority
 
 _STREAM = 200  # of Shapes.draws: which object is hidden
 
 
-def scene_prompts(exam: Examiner, data: Shapes) -> None:
+def scene_prompts(exam: Examiner, data: Shapes, heldout: bool = True) -> None:
     """Draws prompts and reads the pictures: generation_<category>, generation_overall, generation_strict.
 
     A prompt is met when the picture shows what it says (GenEval); strict asks that it shows nothing else either.
     generation_overall is the mean of the six categories, and its interval resamples prompts within their category. Where a
     category knows few different prompts (five for single_object) the interval is over pictures, not over prompts. Chance
-    is the picture drawn for the next prompt of the category.
+    is the picture drawn for the next prompt of the category. ``heldout``: held-out compositions are drawn, too.
     """
     oracle = Oracle(data.image_size, data.nuisance.jitter)
-    asked = prompts(data.split, exam.n_prompts, data.seed)
+    asked = prompts(data.split, exam.n_prompts, data.seed, CATEGORIES, data.containing, data.without)
     readings = oracle.read(exam.generate([p.text for p in asked], [p.id for p in asked], "prompts"))
     for p, reading in zip(asked, readings, strict=True):
         score = score_prompt(p.text, reading)
@@ -38,12 +39,18 @@ def scene_prompts(exam: Examiner, data: Shapes) -> None:
         met = [score_prompt(asked[k].text, readings[other]).ok for k, other in zip(mine, mine[1:] + mine[:1], strict=True)]
         exam.chance[f"generation_{category}"] = sum(met) / len(met)
     exam.chance["generation_overall"] = sum(exam.chance[f"generation_{c}"] for c in CATEGORIES) / len(CATEGORIES)
-    if data.split != "heldout":
-        asked = prompts("heldout", exam.n_prompts, data.seed, ("colors", "color_attribution"))
-        asked = [p for p in asked if any((q.colour, q.shape) in HELD_OUT for q in parse(p.text).phrases)]
-        readings = oracle.read(exam.generate([p.text for p in asked], [p.id for p in asked], "held-out prompts"))
-        for p, reading in zip(asked, readings, strict=True):
-            exam.add("generation_heldout", p.id, float(score_prompt(p.text, reading).ok), p.category)
+    if heldout and data.split != "heldout":
+        composition_prompts(exam, "generation_heldout", replace(data, split="heldout"), HELD_OUT)
+
+
+def composition_prompts(exam: Examiner, metric: str, data: Shapes, pairs: Pairs) -> None:
+    """Draws prompts, true of such scenes, that name one of the (colour, shape) pairs; the outcome is whether each is met."""
+    categories = ("colors", "color_attribution")
+    asked = prompts(data.split, exam.n_prompts, data.seed, categories, data.containing, data.without)
+    asked = [p for p in asked if any((q.colour, q.shape) in pairs for q in parse(p.text).phrases)]
+    drawn = exam.generate([p.text for p in asked], [p.id for p in asked], metric)
+    for p, reading in zip(asked, Oracle(data.image_size, data.nuisance.jitter).read(drawn), strict=True):
+        exam.add(metric, p.id, float(score_prompt(p.text, reading).ok), p.category)
 
 
 def object_mask(cells: np.ndarray, grid: tuple[int, int], image_size: int) -> torch.Tensor:

@@ -100,11 +100,11 @@ def majority(answers: Sequence[Any]) -> float:
     return max(Counter(answers).values()) / len(answers)
 
 
-def scene_captions(exam: Examiner, data: Shapes, suffix: str = "") -> None:
+def scene_captions(exam: Examiner, data: Shapes, suffix: str = "", agreement: bool = True) -> None:
     """Captions against the scene's facts: caption_f1, _precision, _recall (means over captions), _exact, _unreadable.
 
     Words that cannot be read are a false claim, and what they might have said is not recalled. Chance is the caption of
-    the next scene: what the form of the captions is worth without the image.
+    the next scene: what the form of the captions is worth without the image. ``agreement``: across nuisances, too.
     """
     rows = range(len(data))
     said, scenes = exam.understand(data, rows, f"captions{suffix}"), data.scenes(rows)
@@ -121,6 +121,7 @@ def scene_captions(exam: Examiner, data: Shapes, suffix: str = "") -> None:
     exam.chance[f"caption_f1{suffix}"] = sum(s.f1 for s in other) / len(other)
     if not suffix:
         exam.chance["caption_exact"] = sum(s.exact for s in other) / len(other)
+    if agreement and not suffix:
         _nuisance_agreement(exam, data, said[: exam.n_questions])
 
 

@@ -1,0 +1,166 @@
+"""The interference atlas: where does training both tasks hurt, and do the gradient diagnostics see it?
+
+interference(task) = score of a model trained on that task alone - score of the model trained on both,
+
+with the same parameters, start, examples and steps. For a loss the sign is turned round, so that **above 0 means that the
+other task hurts**. DIVA takes gradient conflict for interference; the paper has no model trained on one task to check it by.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from umm_kit.data.shapes import Nuisance, Shapes
+from umm_kit.diagnostics.report import diagnose
+from umm_kit.experiments import ASYMMETRIC, Ledger, endpoints
+from umm_kit.models import load
+from umm_kit.statistics import Estimate, paired_difference
+from umm_kit.trainers.pretrain import PretrainConfig, train
+
+TASKS = {"understanding": (1.0, 0.0), "generation": (0.0, 1.0), "joint": (1.0, 1.0)}  # weights of the two losses
+#: What is compared for each task; the first of each decides.
+METRICS = {
+    "understanding": ("understanding_loss", "understanding", "caption_exact"),
+    "generation": ("generation_loss", "generation", "inpainting"),
+}
+#: What a base model must leave to gain, on its own score of each task: below is too weak to judge, above has no room.
+HEADROOM = {"caption_f1": (0.75, 0.9), "generation": (0.4, 0.7)}
+
+
+SERIES = ["panel", "series", "layer", "value", "low", "high"]  # of a diagnosis, in a record
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The grid and the sizes of one run of the atlas."""
+
+    widths: tuple[int, ...] = (48, 96)
+    textures: tuple[str, ...] = ("none", "high")
+    seeds: tuple[int, ...] = (100, 101)
+    layers: int = 4
+    steps: int = 1600
+    n: int = 512
+    n_prompts: int = 64
+
+    def runs(self) -> Iterator[tuple[int, str, int, str]]:
+        """(width, texture, seed, task), the runs of one cell beside each other."""
+        return itertools.product(self.widths, self.textures, self.seeds, TASKS)
+
+
+PRESETS = {
+    "tiny": Preset(widths=(32,), textures=("none",), seeds=(100, 101), layers=2, steps=4, n=16, n_prompts=2),
+    "full": Preset(),
+}
+
+
+def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> pd.DataFrame:
+    """Train and score every model of the grid that has no record yet; ``part`` (k, m) takes every m-th run from the k-th on."""
+    chosen, ledger, folder = PRESETS[preset], Ledger(Path(records)), Path(folder)
+    tokenizer = folder / "image_tokenizer"
+    if not (tokenizer / "config.json").exists():
+        load("tiny-masked", device="cpu").image_tokenizer.save_pretrained(tokenizer)
+    runs = list(chosen.runs())
+    for number, (width, texture, seed, task) in enumerate(runs, start=1):
+        name = f"width {width}, {texture} texture, seed {seed}, {task}"
+        if (number - part[0]) % part[1] or name in ledger.records():
+            continue
+        print(f"[{number}/{len(runs)}] {name}", flush=True)
+        understanding, generation = TASKS[task]
+        config = PretrainConfig(
+            output_dir=str(folder / f"{width}-{texture}-{seed}-{task}"), image_tokenizer=str(tokenizer), resume=True,
+            hidden_size=width, num_layers=chosen.layers, max_steps=chosen.steps, warmup_steps=min(100, chosen.steps // 4),
+            texture=texture, seed=seed, asymmetric=True, understanding_every=1, eval_strategy="no", disable_tqdm=True,
+            understanding_weight=understanding, generation_weight=generation,
+        )  # fmt: skip
+        model = train(config).eval()
+        data = Shapes("validation", n=256, seed=seed, nuisance=Nuisance(texture=texture), without=ASYMMETRIC)
+        content: dict[str, Any] = {
+            "width": width, "texture": texture, "seed": seed, "task": task, "layers": chosen.layers, "steps": chosen.steps,
+            "parameters": model.num_parameters(only_trainable=True),
+            "items": endpoints(model, "validation", chosen.n, chosen.n_prompts, 100, texture, progress=False),
+        }  # fmt: skip
+        if task == "joint":
+            found = diagnose(model, data, mask_ratios=(0.4,), seed=seed, progress=False).frame
+            content["diagnosis"] = (
+                found[["panel", "series", "layer", "value", "low", "high"]].round(5).to_dict("split", index=False)
+            )
+        ledger.add(name, content)
+    return interference(ledger.records())
+
+
+def interference(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """One row per cell, seed, task and metric: single, joint, interference with its 95 % interval over items, and n.
+
+    ``interference`` > 0: the model that was trained on this task alone is better.
+    """
+    rows = []
+    cells: dict[tuple, dict[str, Mapping[str, Any]]] = {}
+    for record in records.values():
+        cells.setdefault((record["width"], record["texture"], record["seed"]), {})[record["task"]] = record
+    for (width, texture, seed), models in sorted(cells.items()):
+        for task, metrics in METRICS.items():
+            for metric in metrics if {task, "joint"} <= set(models) else ():
+                alone, joint = (np.array(models[which]["items"][metric]) for which in (task, "joint"))
+                pair = (joint, alone) if metric.endswith("_loss") else (alone, joint)
+                d = paired_difference(*pair)
+                rows.append((width, texture, seed, task, metric, alone.mean(), joint.mean(), d.value, d.low, d.high, d.n))
+    columns = ["width", "texture", "seed", "task", "metric", "alone", "joint", "interference", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of each cell: does each task hurt the other? By the rule fixed before the runs: *yes* if the interval of the loss
+    interference lies above 0 in every seed, *no* if below 0 in every seed, else *undecided*."""
+    rows = []
+    for (width, texture), cell in frame.groupby(["width", "texture"]):
+        row: dict[str, Any] = {"width": width, "texture": texture}
+        for task, (metric, *_) in METRICS.items():
+            mine = cell[cell.metric == metric]
+            row[task] = "yes" if (mine.low > 0).all() else "no" if (mine.high < 0).all() else "undecided"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def predictors(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Does a diagnostic of the joint model predict its interference? Spearman's rank correlation over all cells and seeds.
+
+    Each series is averaged over layers. ``low`` and ``high`` are Fisher's 95 % interval, wide with so few models: it says how
+    little a grid of this size can show.
+    """
+    frame = interference(records)
+    joint = [record for record in records.values() if record["task"] == "joint"]
+    means: list[pd.Series] = []
+    for record in joint:
+        found = pd.DataFrame(record["diagnosis"]["data"], columns=record["diagnosis"]["columns"])
+        means.append(found.groupby(["panel", "series"]).value.mean())
+    rows = []
+    for task, (metric, *_) in METRICS.items():
+        mine = frame[frame.metric == metric].set_index(["width", "texture", "seed"]).interference
+        y = np.array([mine.get((r["width"], r["texture"], r["seed"]), np.nan) for r in joint])
+        for panel, series in sorted(set().union(*(m.index for m in means))):
+            x = np.array([m.get((panel, series), np.nan) for m in means])
+            seen = np.isfinite(x) & np.isfinite(y)
+            if seen.sum() > 3 and np.ptp(x[seen]) > 0:
+                r = spearman(x[seen], y[seen])
+                rows.append((task, panel, series, r.value, r.low, r.high, r.n))
+    return pd.DataFrame(rows, columns=["task", "panel", "series", "spearman", "low", "high", "n"])
+
+
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> Estimate:
+    """Rank correlation with the interval of Fisher's z, standard error 1.03 / sqrt(n - 3) (Fieller et al. 1957).
+
+    Example:
+        >>> spearman([1, 2, 3, 4, 5], [2, 1, 3, 5, 4]).value
+        0.7999999999999999
+    """
+    value, n = float(stats.spearmanr(x, y).statistic), len(x)
+    z, half = np.arctanh(np.clip(value, -0.9999, 0.9999)), 1.96 * 1.03 / np.sqrt(n - 3)
+    return Estimate(value, float(np.tanh(z - half)), float(np.tanh(z + half)), n)
