@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from umm_kit.data.shapes import Shapes
+from umm_kit.data.shapes import ONE_FLOW, Shapes
 from umm_kit.models import load
-from umm_kit.models.masked import MaskedUMM
+from umm_kit.models.masked import IGNORE, MaskedUMM
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig
 from umm_kit.records import write_json
 from umm_kit.trainers.base import (
@@ -226,6 +226,33 @@ def test_collating_has_no_state(collator):
     unconditional = (together["captions"] != collate.model._special("<pad>")).sum(1) == 3
     assert unconditional.tolist() == [item["u"][2] < 0.5 for item in stream.__getitems__(range(16))]
     assert 0 < unconditional.sum() < 16
+
+
+def test_one_flow_never_sees_what_is_kept_from_it(collator):
+    """Asymmetric: labels and masks of the kept scenes are gone, everything else is as without the option."""
+    data = Shapes("train", n=64)
+    items = Stream(data, 64, seed=0, draws=72).__getitems__(range(64))
+    usual, chosen = (collator(understanding_every=1, asymmetric=a)(items) for a in (False, True))
+
+    def shows(flow):
+        return [any((o.colour, o.shape) in ONE_FLOW[flow] for o in data.objects(item["index"])) for item in items]
+
+    read, drawn = shows("understanding"), shows("generation")
+    assert 5 < sum(read) < 40 and 5 < sum(drawn) < 40
+    assert chosen["shown"].tolist() == [i for i in range(64) if not drawn[i]]
+    assert chosen["mask"].any(1).tolist() == [not r for r in read] and usual["mask"].any(1).all()
+    assert torch.equal(chosen["mask"][~torch.tensor(read)], usual["mask"][~torch.tensor(read)])
+
+
+def test_a_batch_that_is_kept_from_both_flows_teaches_nothing(collator, small_model):
+    data = Shapes("train", n=64, containing=ONE_FLOW["generation"])
+    collate = collator(understanding_every=1, asymmetric=True)
+    batch = collate(Stream(data, 8, seed=0, draws=72).__getitems__(range(3)))
+    assert (batch["understanding"]["labels"] == IGNORE).all() and batch["mask"].any()
+    codes = small_model.image_tokenizer.encode(batch["images"])
+    parts = [batch[k] for k in ("understanding", "captions", "mask", "shown")]
+    losses = small_model(codes, *parts, tokens=torch.tensor([1.0, 9.0]))
+    assert losses["understanding_loss"] == 0 and losses["generation_loss"] > 0
 
 
 # --- optimizer and averages --------------------------------------------------------------------------------------------
@@ -571,6 +598,8 @@ def test_a_full_disk_says_so_and_how_to_go_on(whole, tokenizer_folder, tmp_path)
         ({"understanding_weight": 0.0, "generation_weight": 0.0}, "nor both zero"),
         ({"generation_weight": -1.0}, "negative"),
         ({"understanding_every": 3}, "not a multiple of understanding_every 3"),
+        ({"data": "digits", "asymmetric": True}, "texture and asymmetric are of the scenes"),
+        ({"data": "digits", "texture": "high"}, "texture and asymmetric are of the scenes"),
     ],
 )
 def test_bad_configurations_are_refused(tmp_path, wrong, message):

@@ -329,9 +329,14 @@ class MaskedUMM(PreTrainedModel):
         return (self.image_tokenizer.encode(batch["images"].to(self.device)) if codes is None else codes).to(self.device)
 
     def understanding_flow(self, batch: Mapping[str, Any], layers: Sequence[int] | None = None) -> FlowOutput:
-        """Image and instruction in, caption as target: next-token loss on the caption (DIVA Sec. 3.1)."""
+        """Image and instruction in, caption as target: next-token loss on the caption (DIVA Sec. 3.1).
+
+        ``batch["prompts"]``, where there, holds for each image a question that its text answers, or None for a caption.
+        """
         check_batch(batch)
-        packed = {k: v.to(self.device) for k, v in self.pack([[(DESCRIBE, text)] for text in batch["texts"]]).items()}
+        asked = zip(batch.get("prompts") or [None] * len(batch["texts"]), batch["texts"], strict=True)
+        packed = self.pack([[(DESCRIBE if prompt is None else prompt, text)] for prompt, text in asked])
+        packed = {k: v.to(self.device) for k, v in packed.items()}
         hidden, states = self._understanding(self._codes(batch), packed, as_layers(layers, self.num_layers))
         logits = self.text_head(hidden)
         loss, per_example = token_losses(logits, packed["labels"])

@@ -7,12 +7,14 @@ a resumed run, and a run on more processes, therefore see exactly the batches of
 from __future__ import annotations
 
 import json
+import math
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,7 @@ class EMACallback(TrainerCallback):
     """Averaged weights, kept inside each checkpoint and put into the model when training ends."""
 
     def __init__(self, decay: float):
-        self.decay = decay
+        self.decay, self.restore = decay, True  # False: the averages serve the trainer, the model keeps its own weights
         self.average: dict[str, Tensor] = {}
 
     @staticmethod
@@ -116,7 +118,7 @@ class EMACallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE
         if state.global_step and saved.exists():
-            self.average = {k: v.to(model.device) for k, v in load_file(saved).items()}
+            self.average = {k: v.to(args.device) for k, v in load_file(saved).items()}
         else:
             self.average = {k: v.clone().float() for k, v in self._weights(model).items()}
 
@@ -127,6 +129,8 @@ class EMACallback(TrainerCallback):
         torch._foreach_lerp_(list(self.average.values()), [weights[k].float() for k in self.average], 1 - decay)
 
     def on_train_end(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
+        if not self.restore:
+            return
         with torch.no_grad():
             for name, p in self._weights(model).items():
                 p.copy_(self.average[name])
@@ -194,9 +198,11 @@ class UMMTrainer(Trainer):
         self._parts: dict[str, list[float]] = {}
         self._started, self._seconds_before = time.time(), 0.0
         check_writable(str(args.output_dir))
+        defaults_of(type(args))  # type: ignore[arg-type]
         super().__init__(model=model, args=args, **kwargs)
-        if args.ema_decay:
-            self.add_callback(EMACallback(args.ema_decay))
+        self.ema = EMACallback(args.ema_decay) if args.ema_decay else None
+        if self.ema is not None:
+            self.add_callback(self.ema)
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -205,7 +211,7 @@ class UMMTrainer(Trainer):
         model = model or self.model
         if self.optimizer is None:  # type: ignore[has-type]
             named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            blocks = [m for m in model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
+            blocks = [m for m in model.modules() if type(m).__name__ in (getattr(self.model, "_no_split_modules", None) or ())]
             inside = {id(p) for block in blocks for p in block.parameters() if p.ndim > 1}
             hidden = inside if self.args.muon else set()
             self.optimizer = MuonAdamW(
@@ -216,10 +222,28 @@ class UMMTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         outputs = model(**inputs)
-        for name, value in outputs.items():
-            if name.endswith("_loss"):
-                self._parts.setdefault(name, []).append(float(value.detach()))
+        self.note_parts(outputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def note_parts(self, outputs: Mapping[str, Tensor]) -> None:
+        """Keep the scalars beside the loss for the next line of the log; a loss that is not a number ends the run."""
+        parts = {name: float(value.detach()) for name, value in outputs.items() if name != "loss" and value.ndim == 0}
+        if wrong := [name for name, value in parts.items() if name.endswith("_loss") and not math.isfinite(value)]:
+            raise FloatingPointError(f"{', '.join(wrong)} is not finite at step {self.state.global_step}")
+        for name, value in parts.items():
+            if math.isfinite(value):  # an estimate may be undefined now and then
+                self._parts.setdefault(name, []).append(value)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except FloatingPointError as error:
+            file = Path(str(self.args.output_dir)) / "not_finite.safetensors"
+            save_batch(inputs, file)
+            raise ValueError(
+                f"{error}; the batch is kept in {file}. Nothing saved before is lost: lower the learning rate, or look at that "
+                "batch, then go on from the last checkpoint with --resume True"
+            ) from error
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -282,6 +306,23 @@ class UMMTrainer(Trainer):
             raise KeyboardInterrupt
 
 
+def save_batch(batch: Mapping[str, Any], path: Path) -> None:
+    """The tensors of a nested batch, and its words as JSON in the header."""
+    tensors, words = {}, {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), value)
+        elif isinstance(node, Tensor):
+            tensors[prefix] = node.detach().cpu().contiguous()
+        else:
+            words[prefix] = json.dumps(node, default=str)
+
+    walk("", batch)
+    save_file(tensors, path, words)
+
+
 def check_writable(folder: str | Path) -> None:
     """Refuse a folder that cannot be written to, before hours of training end there."""
     try:
@@ -313,12 +354,18 @@ def world_mean(value: Tensor) -> Tensor:
     return value
 
 
+@cache
+def defaults_of(kind: type[TrainingArguments]) -> TrainingArguments:
+    """Arguments of this kind as they come. Building any takes the process group away from trainers that exist: each trainer
+    asks for these before it is built."""
+    return kind(output_dir="")
+
+
 def run_record(
     config: TrainingArguments, seconds: float, history: Iterable[Mapping[str, Any]] = (), **more: Any
 ) -> dict[str, Any]:
     """What it takes to make a run again: command, configuration, seed, versions, device, wall time, and its log."""
-    defaults = type(config)(output_dir="")
-    changed = {}
+    defaults, changed = defaults_of(type(config)), {}  # type: ignore[arg-type]
     for name in config.__dataclass_fields__:
         value = getattr(config, name)
         if (

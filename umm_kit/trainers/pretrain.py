@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from umm_kit.data import open_data
+from umm_kit.data.shapes import ONE_FLOW, Nuisance, shows_any
 from umm_kit.models.base import MASK_RATIO
 from umm_kit.models.masked import DESCRIBE, IGNORE, MaskedUMM, MaskedUMMConfig
 from umm_kit.models.tokenizers import ImageTokenizer, train_text_tokenizer
@@ -38,6 +39,11 @@ class PretrainConfig(UMMArguments):
         metadata={"help": "Trained image tokenizer of a new model; empty trains one first, in output_dir/image_tokenizer."},
     )
     data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
+    texture: str = field(default="mid", metadata={"help": "Entropy of the scenes' patch texture: 'none', 'mid' or 'high'."})
+    asymmetric: bool = field(
+        default=False,
+        metadata={"help": "Scenes with a composition of data.shapes.ONE_FLOW are shown to that flow alone."},
+    )
     hidden_size: int = 128
     num_layers: int = 10
     num_heads: int = 4
@@ -81,6 +87,8 @@ class PretrainConfig(UMMArguments):
     def __post_init__(self) -> None:
         if self.mask_schedule not in ("cosine", "flow"):
             raise ValueError(f"mask_schedule is {self.mask_schedule!r}; expected 'cosine' or 'flow'")
+        if self.data != "shapes" and (self.texture != "mid" or self.asymmetric):
+            raise ValueError(f"texture and asymmetric are of the scenes, but data is {self.data!r}; leave them out")
         if self.understanding_every < 1 or self.per_device_train_batch_size % self.understanding_every:
             raise ValueError(
                 f"per_device_train_batch_size {self.per_device_train_batch_size} is not a multiple of "
@@ -124,20 +132,32 @@ class Collator:
         count = np.clip(np.rint(ratio * n), 1, n)
         return torch.from_numpy(u[:, 8 : 8 + n].argsort(1).argsort(1) < count[:, None])
 
+    def one_flow(self, items: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        """Which items are kept from understanding, and which from generation: those that only the other flow may see."""
+        if not self.config.asymmetric:
+            return np.zeros(len(items), dtype=bool), np.zeros(len(items), dtype=bool)
+        colour, shape = (torch.stack([item["factors"][name] for item in items]) for name in ("colour", "shape"))
+        return shows_any(colour, shape, ONE_FLOW["generation"]), shows_any(colour, shape, ONE_FLOW["understanding"])
+
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         places, u = [item["index"] for item in items], np.stack([item["u"] for item in items])
-        shown = [i for i, item in enumerate(items) if item["number"] % self.config.understanding_every == 0] or [0]
-        read = [places[i] for i in shown]
+        from_understanding, from_generation = self.one_flow(items)
+        every = self.config.understanding_every
+        shown = [i for i, item in enumerate(items) if item["number"] % every == 0 and not from_understanding[i]]
+        read = [places[i] for i in shown or [0]]
         asked = self.data.questions(read, self.config.questions) if hasattr(self.data, "questions") else [[] for _ in read]
-        segments = [[(DESCRIBE, items[i]["texts"]), *more] for i, more in zip(shown, asked, strict=True)]
+        segments = [[(DESCRIBE, items[i]["texts"]), *more] for i, more in zip(shown or [0], asked, strict=True)]
+        packed = self.model.pack(segments, PAD_TO)
+        if not shown:  # a batch needs one row, which then supervises nothing
+            packed["labels"].fill_(IGNORE)
         drawn = self.data.drawing_texts(places) if hasattr(self.data, "drawing_texts") else [item["texts"] for item in items]
         texts = ["" if row[2] < self.config.caption_dropout else text for text, row in zip(drawn, u, strict=True)]
         return {
             "images": torch.stack([item["images"] for item in items]),
-            "shown": torch.tensor(shown),
-            "understanding": self.model.pack(segments, PAD_TO),
+            "shown": torch.tensor(shown or [0]),
+            "understanding": packed,
             "captions": self.model.pack_captions(texts, PAD_TO),
-            "mask": self.masks(u),
+            "mask": self.masks(u) & ~torch.from_numpy(from_generation)[:, None],
         }
 
 
@@ -171,7 +191,7 @@ class PretrainTrainer(UMMTrainer):
         images = inputs.pop("images")
         inputs["codes"] = self.accelerator.unwrap_model(model).image_tokenizer.encode(images)
         counts = torch.stack([(inputs["understanding"]["labels"] != IGNORE).sum(), inputs["mask"].sum()]).float()
-        inputs["tokens"] = world_mean(counts)
+        inputs["tokens"] = world_mean(counts).clamp(min=1)
         inputs |= {"understanding_weight": self.args.understanding_weight, "generation_weight": self.args.generation_weight}
         return super().compute_loss(model, inputs, return_outputs)
 
@@ -212,7 +232,8 @@ def train(config: PretrainConfig) -> MaskedUMM:
     from umm_kit.models import load
 
     set_seed(config.seed)
-    data, held_out = open_data(config.data, "train", seed=config.seed), open_data(config.data, "validation", seed=config.seed)
+    options: dict[str, Any] = {"nuisance": Nuisance(texture=config.texture)} if config.data == "shapes" else {}
+    data, held_out = (open_data(config.data, split, seed=config.seed, **options) for split in ("train", "validation"))
     model = load(config.model, device="cpu") if config.model else new_model(config, data)
     model.train()
     trainer = PretrainTrainer(model, config, data, eval_dataset=held_out if config.eval_strategy != "no" else None)
