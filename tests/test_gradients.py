@@ -1,16 +1,18 @@
 """Gradient conflict against planted gradients of known angle, and against autograd by hand."""
 
 import math
+import warnings
 from collections import OrderedDict
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from umm_kit.data.shapes import Shapes
-from umm_kit.diagnostics.gradients import conflict_along, gradient_conflict, parameter_groups
+from umm_kit.diagnostics.gradients import GradientConflict, conflict_along, gradient_conflict, parameter_groups
 from umm_kit.models.masked import MaskedUMM
 
 D = 400
@@ -95,6 +97,30 @@ def test_without_signal_the_correction_is_undefined():
     assert undefined and all(math.isnan(v.low) for v in undefined)
 
 
+def corrected(cross, u, g):
+    """The disattenuated cosine of pairs whose products across and within tasks are given; squares are 10."""
+    grams = np.stack([10 * np.eye(4) for _ in u])
+    for (i, j), values in {(0, 3): cross, (1, 2): cross, (0, 2): u, (1, 3): g}.items():
+        grams[:, i, j] = grams[:, j, i] = values
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return GradientConflict(grams[:, None], [("block 1", "mlp")], {}).estimates("block 1")["disattenuated_cosine"]
+
+
+def test_resamples_without_signal_warn_of_nothing():
+    """u sums to 0 or less in 1 of 256 resamples of (4, -1, 4, 4): few enough for an interval. Of (3, -1, -1, 1), in many."""
+    few, many = corrected(4 * [1.0], [4.0, -1.0, 4.0, 4.0], 4 * [1.0]), corrected(4 * [1.0], [3.0, -1.0, -1.0, 1.0], 4 * [1.0])
+    assert few.value == pytest.approx(2.75**-0.5) and few.low == pytest.approx(0.5) and few.low < few.value < few.high
+    assert many.value == pytest.approx(0.5**-0.5) and math.isnan(many.low) and math.isnan(many.high)
+
+
+def test_interval_of_the_correction_is_scipys_percentile_bootstrap():
+    cross, u, g = np.random.default_rng(1).uniform(1, 2, size=(3, 12))
+    ratio = lambda c, u, g, axis: c.mean(axis) / np.sqrt(u.mean(axis) * g.mean(axis))  # noqa: E731
+    theirs = stats.bootstrap((cross, u, g), ratio, paired=True, method="percentile", n_resamples=20_000, rng=0)
+    assert corrected(cross, u, g).interval == pytest.approx(tuple(theirs.confidence_interval), abs=0.01)
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -169,6 +195,9 @@ def test_refusals(model):
     broken.u[0] = float("nan")
     with pytest.raises(ValueError, match="understanding loss"):
         measured(broken)
+    huge = Planted(0.0, gain=1e30)
+    with pytest.raises(ValueError, match=r"gradients of \[\('block 1', 'attention'\).*too large"):
+        measured(huge)
     silent = Planted(0.0)
     silent.g.zero_()
     with pytest.raises(ValueError, match="generation loss has no gradient"):

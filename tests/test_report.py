@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -83,12 +84,42 @@ def test_one_flow_twice_has_nothing_apart(model):
 
 def test_an_untrained_model_is_a_null(model):
     other = MaskedUMM(copy.deepcopy(model.config), model.text_tokenizer).eval()
-    found = diagnose(model, Shapes("test", n=32), panels=["residual"], untrained=other, **OPTIONS)
-    null = found.series("residual", "residual, untrained")
-    assert null.null.all() and len(null) == len(found.series("residual", "residual"))
-    rows = found.frame.assign(panel="gradients", series=[f"metric {k}, untrained" for k in range(len(found.frame))])
-    drawn = plots.diagnosis(pd.concat([found.frame, rows])).axes[0]
-    assert drawn.get_title() == "gradient conflict" and not drawn.get_lines(), "only the curves of a panel have a null there"
+    data, options = Shapes("test", n=32), {**OPTIONS, "mask_ratios": (0.5,)}
+    found = diagnose(model, data, untrained=other, **options)
+    twins = found.frame[found.frame.series.str.endswith(", untrained")]
+    mine, theirs = found.frame.drop(twins.index), diagnose(other, data, **options)
+    never = {"random subspace", "another mask draw", "shuffled ids", "white noise"}
+    assert {name.removesuffix(", untrained") for name in twins.series} == set(mine.series) - never and twins.null.all()
+    for panel, name in (("residual", "residual"), ("spectrum", "generation, visible"), ("gradients", "within_understanding")):
+        twin, alone = found.series(panel, f"{name}, untrained"), theirs.series(panel, name)
+        assert np.allclose(twin.value, alone.value) and len(twin) == len(found.series(panel, name))
+    assert "what 'residual, untrained' gives" in found.summary() and found.record["untrained"]
+    drawn = [line.get_label() for line in plots.diagnosis(found.frame).axes[0].get_lines()]
+    assert drawn == ["conflict", "conflict, untrained"], "only the curves of a panel have a null there"
+
+
+def test_frozen_layers_keep_their_numbers(model):
+    partly = copy.deepcopy(model)
+    partly.blocks[0].requires_grad_(False)
+    found = diagnose(partly, Shapes("test", n=32), panels=["gradients"], **OPTIONS)
+    assert found.series("gradients", "conflict").layer.tolist() == [2, 3]
+
+
+def test_the_summary_says_what_is_not_known():
+    ends = {"disattenuated_cosine": [(-0.9, -0.1), (0.1, 0.9), (np.nan, np.nan), (-0.2, 0.3)], "conflict": [(np.nan, np.nan)] * 4}
+    rows = [
+        ("gradients", name, False, np.nan, layer, layer / 4, (low + high) / 2, low, high, 8)
+        for name, bounds in ends.items()
+        for layer, (low, high) in enumerate(bounds, start=1)
+    ]
+    said = Diagnosis(pd.DataFrame(rows, columns=COLUMNS), {}).summary()
+    assert "below 0 at 1 and above 0 at 1 of 4 layers" in said and "at 1 too little" in said
+    assert "(1 is orthogonal) is undefined at every layer" in said
+
+
+def test_a_cut_off_above_all_frequencies_is_told(model):
+    with pytest.warns(UserWarning, match="always 0"):
+        diagnose(model, Shapes("test", n=32), panels=["spectrum"], cutoff=1.4, **OPTIONS)
 
 
 def test_saved_and_read_back(found, tmp_path):
@@ -125,6 +156,10 @@ def test_refusals(model):
         diagnose(model, Shapes("test", n=8))
     with pytest.raises(ValueError, match="mask ratios"):
         diagnose(model, data, mask_ratios=(0.0,))
+    with pytest.raises(ValueError, match="different numbers"):
+        diagnose(model, data, mask_ratios=(0.4, 0.4))
+    with pytest.raises(ValueError, match="the untrained model has 2 layers"):
+        diagnose(model, data, untrained=SimpleNamespace(num_layers=2, hidden_size=model.hidden_size))
 
 
 def test_from_the_command_line(model, tmp_path, capsys):

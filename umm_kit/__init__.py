@@ -24,8 +24,11 @@ _NAMES = {
     "diagnose": "umm_kit.diagnostics.report",
     "evaluate": "umm_kit.evaluation",
     "compare": "umm_kit.evaluation",
+    "audit": "umm_kit.evaluation.audit",
     "PretrainTrainer": "umm_kit.trainers.pretrain",
     "PretrainConfig": "umm_kit.trainers.pretrain",
+    "DIVATrainer": "umm_kit.trainers.diva",
+    "DIVAConfig": "umm_kit.trainers.diva",
     "expect": "umm_kit.reproduce",
 }
 
@@ -36,15 +39,18 @@ if TYPE_CHECKING:
     from umm_kit.data.shapes import Nuisance, Shapes
     from umm_kit.diagnostics.report import diagnose
     from umm_kit.evaluation import compare, evaluate
+    from umm_kit.evaluation.audit import audit
     from umm_kit.features import extract
     from umm_kit.models import load
     from umm_kit.models.base import Decoding, check_model, collate, draw_mask
     from umm_kit.reproduce import expect
+    from umm_kit.trainers.diva import DIVAConfig, DIVATrainer
     from umm_kit.trainers.pretrain import PretrainConfig, PretrainTrainer
 
 __all__ = [
-    "Decoding", "Digits", "ImageText", "Nuisance", "Oracle", "PretrainConfig", "PretrainTrainer", "Shapes", "__version__",
-    "check_model", "collate", "compare", "diagnose", "draw_mask", "evaluate", "expect", "extract", "load",
+    "DIVAConfig", "DIVATrainer", "Decoding", "Digits", "ImageText", "Nuisance", "Oracle", "PretrainConfig", "PretrainTrainer",
+    "Shapes", "__version__", "audit", "check_model", "collate", "compare", "diagnose", "draw_mask", "evaluate", "expect",
+    "extract", "load",
 ]  # fmt: skip
 
 

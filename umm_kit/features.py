@@ -16,9 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from umm_kit.models.base import MASK_RATIO, collate, draw_mask
-
-FLOWS = ("understanding", "generation")
+from umm_kit.models.base import FLOWS, MASK_RATIO, collate, draw_mask
 
 
 @dataclass

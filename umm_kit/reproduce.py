@@ -34,8 +34,8 @@ def expect(
     paper: str | float = "",
     interval: tuple[float, float] | None = None,
     n: int | None = None,
-) -> bool:
-    """Check one claim: print a tick or a cross, and say whether it holds.
+) -> None:
+    """Check one claim and print a tick or a cross.
 
     A number holds when ``|value - target| <= tol`` or ``low <= value <= high`` (one bound is enough); anything else, such
     as a word, when it equals ``target``. NaN never holds.
@@ -54,7 +54,6 @@ def expect(
     Example:
         >>> expect(0.97, low=0.95, claim="captions name the right facts")
         ✓ captions name the right facts: 0.97 (expected >= 0.95)
-        True
     """
     interval = getattr(value, "interval", None) if interval is None else interval
     value, target = _plain(value), _plain(target)
@@ -90,7 +89,6 @@ def expect(
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     if not holds and os.environ.get("UMM_KIT_STRICT") == "1":
         raise AssertionError(text)
-    return holds
 
 
 def _plain(value: Any) -> Any:

@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Real
 from scipy import stats
 
+# One number per item: an array, a tensor, a column of a frame (whatever has a shape), or a list.
+Values = Real[Any, " n"] | Bool[Any, " n"] | Sequence[float]
+Outcomes = Values | Real[Any, "n 2"] | Sequence[Sequence[float]]  # or numerator and denominator of each
 N_RESAMPLES = 2000
 _CHUNK = 2**21  # numbers held at once while resampling
 
@@ -93,7 +97,7 @@ def _interval(
 
 
 def bootstrap(
-    values: Any,
+    values: Values,
     statistic: Callable = np.mean,
     strata: Sequence[Any] | None = None,
     n_resamples: int = N_RESAMPLES,
@@ -130,7 +134,7 @@ def bootstrap(
 
 
 def bootstrap_ratio(
-    numerator: Any, denominator: Any, n_resamples: int = N_RESAMPLES, level: float = 0.95, seed: int = 0
+    numerator: Values, denominator: Values, n_resamples: int = N_RESAMPLES, level: float = 0.95, seed: int = 0
 ) -> Estimate:
     """Ratio of sums, sum(numerator) / sum(denominator), with items resampled whole: micro-averaged precision, recall, F1.
 
@@ -195,7 +199,12 @@ def hierarchical_bootstrap(
 
 
 def paired_difference(
-    a: Any, b: Any, strata: Sequence[Any] | None = None, n_resamples: int = N_RESAMPLES, level: float = 0.95, seed: int = 0
+    a: Outcomes,
+    b: Outcomes,
+    strata: Sequence[Any] | None = None,
+    n_resamples: int = N_RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Difference:
     """How much a exceeds b on the same items: interval by resampling items, p-value by exchanging a and b within items.
 

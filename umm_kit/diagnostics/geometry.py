@@ -21,10 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from umm_kit.statistics import Estimate, bootstrap_ratio
 
+Array = np.ndarray | Tensor
+States = Float[Array, "_n _d"] | Float[Array, "_n _N _d"]
+StatesOfWidthD = Float[Array, "_n d"] | Float[Array, "_n _N d"]  # where two arguments, or an argument and the result, share d
 FOLDS = 5  # of the held-out prediction
 _SQUARED = 1e-9  # below this ratio of eigenvalues, squaring has cost the small singular values their digits
 
@@ -69,7 +73,7 @@ def _entropy_rank(x: Tensor) -> float:
     return min(float(np.exp(max(entropy, 0.0))), float(len(sigma)))  # past the bounds by round-off only
 
 
-def effective_rank(H: Any, centre: bool = False) -> float:
+def effective_rank(H: States, centre: bool = False) -> float:
     """How many directions states use: exp(-sum_k p_k ln p_k), p_k = sigma_k / sum_j sigma_j, sigma the singular values of H.
 
     Roy and Vetterli 2007. Within 1e-6 of the direct SVD at any rank. Blind to scale: a collapse of all variance alone goes
@@ -101,7 +105,7 @@ class RankIncrement:
     stack: str
 
 
-def effective_rank_increment(H_G: Any, H_U: Any, stack: str = "rows", centre: bool = False) -> RankIncrement:
+def effective_rank_increment(H_G: States, H_U: States, stack: str = "rows", centre: bool = False) -> RankIncrement:
     """dER = ER([H_U, H_G]) - ER(H_U), absolute and in percent of ER(H_U) (DIVA Fig. 2, whose axis is in percent).
 
     The paper does not say how the flows are stacked. By "rows" (directions in R^d) it is blind to which row pairs with which;
@@ -164,8 +168,8 @@ class Residual:
     components: int
     rule: str
     space: str
-    unexplained: np.ndarray = field(repr=False)
-    energy: np.ndarray = field(repr=False)
+    unexplained: Float64[np.ndarray, " n"] = field(repr=False)
+    energy: Float64[np.ndarray, " n"] = field(repr=False)
 
     def estimate(self, **options: Any) -> Estimate:
         """With its bootstrap interval over examples, what was fitted (directions, predictors) held fixed."""
@@ -210,7 +214,7 @@ def _blocks(
 
 
 def reconstruction_residual(
-    G: Any, U: Any, variance: float = 0.99, components: int | None = None, space: str = "feature",
+    G: States, U: States, variance: float = 0.99, components: int | None = None, space: str = "feature",
     centre: bool = True, seed: int = 0,
 ) -> Residual:  # fmt: skip
     """Share of generation's energy outside understanding: ||G - Pi_U G||_F^2 / ||G||_F^2 (DIVA Sec. 2, Fig. 2).
@@ -246,7 +250,9 @@ def reconstruction_residual(
     return Residual(value, k, rule, space, left.cpu().numpy(), energy.cpu().numpy())
 
 
-def residual_curve(G: Any, U: Any, space: str = "feature", centre: bool = True, seed: int = 0) -> np.ndarray:
+def residual_curve(
+    G: States, U: StatesOfWidthD, space: str = "feature", centre: bool = True, seed: int = 0
+) -> Float64[np.ndarray, " d+1"]:
     """:func:`reconstruction_residual` for k = 0 to d components, from one decomposition of U (sample: one per fold).
 
     Returns:
@@ -268,8 +274,8 @@ def residual_curve(G: Any, U: Any, space: str = "feature", centre: bool = True, 
 
 
 def random_subspace_residual(
-    G: Any, components: int, draws: int = 100, generator: torch.Generator | None = None, centre: bool = True
-) -> np.ndarray:
+    G: States, components: int, draws: int = 100, generator: torch.Generator | None = None, centre: bool = True
+) -> Float64[np.ndarray, " {draws}"]:
     """Null of the feature-space residual: G against subspaces of equal dimension k, drawn uniformly; [draws] shares.
 
     The mean over subspaces is 1 - k/d for every G, since the mean projector is (k/d) 1; the scatter depends on G's spectrum and
@@ -289,14 +295,14 @@ def random_subspace_residual(
 
 
 def shuffled_ids_residual(
-    G: Any,
-    U: Any,
+    G: States,
+    U: States,
     components: int,
     draws: int = 100,
     generator: torch.Generator | None = None,
     centre: bool = True,
     seed: int = 0,
-) -> np.ndarray:
+) -> Float64[np.ndarray, " {draws}"]:
     """Null of the sample-space residual: whole examples of G change places, their tokens stay where they are; [draws] shares.
 
     What can still be predicted is what all examples share, such as the position of a token; else it lies just above 1.
@@ -315,7 +321,9 @@ def shuffled_ids_residual(
     return left / energy
 
 
-def principal_angles(X: Any, Y: Any, variance: float = 0.99, components: int | None = None, centre: bool = True) -> np.ndarray:
+def principal_angles(
+    X: StatesOfWidthD, Y: StatesOfWidthD, variance: float = 0.99, components: int | None = None, centre: bool = True
+) -> Float64[np.ndarray, " k"]:
     """Angles between the principal subspaces of two sets of states in R^d: cos(theta_i) = sigma_i(V_X^T V_Y).
 
     Bjorck and Golub 1973; from cosines and sines together, so that small angles keep their digits (arccos alone has none below

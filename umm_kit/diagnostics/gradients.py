@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from umm_kit.features import batches, evaluating
 from umm_kit.models.base import MASK_RATIO
-from umm_kit.statistics import Estimate, bootstrap
+from umm_kit.statistics import N_RESAMPLES, Estimate, bootstrap
 
 #: Parts of a block, by what their parameters are called; the first that fits counts, anything else is "other".
 PARTS = {"norm": r"norm|ln_|\.ln", "attention": r"att", "mlp": r"mlp|ffn|feed_forward|fc\d|experts"}
@@ -58,8 +57,9 @@ class GradientConflict:
         - ``within_understanding``, ``within_generation`` cos(g(B), g(B')): how much of a gradient is signal. It is the ceiling
           of what two tasks could show: batches of pure noise are orthogonal, and a conflict near 1 then says nothing;
         - ``disattenuated_cosine`` <g_U, g_G'> / sqrt(<g_U, g_U'> <g_G, g_G'>), of sums over pairs: the cosine of the noise-free
-          gradients. Every product is of disjoint batches, so that no noise is shared. It may leave [-1, 1]; NaN where a
-          product within a task is not above 0: there is no signal to correct by;
+          gradients. Every product is of disjoint batches, so that no noise is shared. It may leave [-1, 1]. NaN where a
+          product within a task is not above 0: there is no signal to correct by. Its interval alone is NaN where that holds
+          of one resample in twenty or more;
         - ``magnitude_ratio`` ||g_G|| / ||g_U||, mean over batches.
 
         At a stationary point of L_U + L_G the noise-free gradients are opposite whatever the model has learned: the
@@ -96,21 +96,20 @@ class GradientConflict:
 
 
 def _disattenuated(cross: np.ndarray, u: np.ndarray, g: np.ndarray) -> Estimate:
-    def cosine(cross: np.ndarray, u: np.ndarray, g: np.ndarray, axis: int = -1) -> np.ndarray:
-        a, b = u.mean(axis), g.mean(axis)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where((a > 0) & (b > 0), cross.mean(axis) / np.sqrt(a * b), np.nan)
+    """Resamples without signal have no value; where there are many of them, an interval of the rest would flatter."""
 
-    value = float(cosine(cross, u, g))
-    if not np.isfinite(value):
-        return Estimate(value, np.nan, np.nan, len(cross))
-    draws = stats.bootstrap(
-        (cross, u, g), cosine, paired=True, method="percentile", rng=np.random.default_rng(0), n_resamples=2000
-    )
-    drawn = draws.bootstrap_distribution
-    # Resamples without signal have no value; where there are many of them, an interval of the rest would flatter.
-    interval = np.nanquantile(drawn, [0.025, 0.975]) if np.isnan(drawn).mean() < 0.05 else (np.nan, np.nan)
-    return Estimate(value, float(interval[0]), float(interval[1]), len(cross))
+    def cosine(cross: np.ndarray, u: np.ndarray, g: np.ndarray) -> np.ndarray:
+        a, b = u.mean(-1), g.mean(-1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where((a > 0) & (b > 0), cross.mean(-1) / np.sqrt(a * b), np.nan)
+
+    n, value = len(cross), float(cosine(cross, u, g))
+    rows = np.random.default_rng(0).integers(n, size=(N_RESAMPLES, n))  # scipy's bootstrap warns of each draw without a value
+    drawn = cosine(cross[rows], u[rows], g[rows])
+    if np.isnan(value) or np.isnan(drawn).mean() >= 0.05:
+        return Estimate(value, np.nan, np.nan, n)
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return Estimate(value, float(low), float(high), n)
 
 
 def parameter_groups(model: Any) -> dict[tuple[str, str], list[nn.Parameter]]:
@@ -147,7 +146,7 @@ def gradient_conflict(
         mask_ratio, mask_layout: of the generation flow.
 
     Raises:
-        ValueError: fewer than two pairs of batches, nothing trainable, a loss that is not finite.
+        ValueError: fewer than two pairs of batches, nothing trainable, a loss or a gradient that is not finite.
     """
     pairs = len(data) // (2 * batch_size)
     if pairs < 2:
@@ -177,6 +176,9 @@ def gradient_conflict(
             if k % 2:
                 grams[k // 2] = _grams(gradients, [len(parameters) for parameters in groups.values()])
                 gradients = []
+                if not np.isfinite(grams[k // 2]).all():
+                    where = [group for group, gram in zip(groups, grams[k // 2], strict=True) if not np.isfinite(gram).all()]
+                    raise ValueError(f"gradients of {where} are NaN, infinite or too large for float32; expected finite numbers")
     settings = {"batch_size": batch_size, "mask_ratio": mask_ratio, "mask_layout": mask_layout, "seed": seed}
     return GradientConflict(grams, list(groups), settings)
 

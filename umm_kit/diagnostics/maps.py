@@ -22,14 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Float64, Int
 from scipy.stats import rankdata
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
 
 from umm_kit.statistics import Estimate, bootstrap
 
+Array = np.ndarray | Tensor
 #: method -> its settings and their defaults; perplexity and n_neighbors shrink where there are too few rows for them
 METHODS: dict[str, dict[str, Any]] = {
     "pca": {},
@@ -49,7 +52,7 @@ class LatentMap:
     nearest that are the same in both spaces; ``chance`` in a random map) rest on ``scored`` rows, each against all n.
     """
 
-    positions: np.ndarray = field(repr=False)  # [n, 2]
+    positions: Float64[np.ndarray, "points 2"] = field(repr=False)
     trustworthiness: float
     neighbour_overlap: float
     chance: float
@@ -84,12 +87,17 @@ class PairedMap(LatentMap):
     """
 
     ids: Sequence[Hashable] = ()
-    others: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), int), repr=False)
+    others: Int[np.ndarray, "points k"] = field(default_factory=lambda: np.zeros((0, 0), int), repr=False)
     pairs: Nearness | None = None
 
 
 def latent_map(
-    X: Any, method: str = "pca", seed: int = 0, cache: str | Path | None = None, neighbours: int = 10, **settings: Any
+    X: Float[Array, "n d"],
+    method: str = "pca",
+    seed: int = 0,
+    cache: str | Path | None = None,
+    neighbours: int = 10,
+    **settings: Any,
 ) -> LatentMap:
     """Put states into the plane by PCA, t-SNE or UMAP, with trustworthiness and neighbour overlap.
 
@@ -146,9 +154,14 @@ def latent_map(
 
 
 def paired_map(
-    U: Any, G: Any, ids: Sequence[Hashable], G_ids: Sequence[Hashable] | None = None, centre: bool = False, nearest: int = 3,
+    U: Float[Array, "n d"],
+    G: Float[Array, "n d"],
+    ids: Sequence[Hashable],
+    G_ids: Sequence[Hashable] | None = None,
+    centre: bool = False,
+    nearest: int = 3,
     **options: Any,
-) -> PairedMap:  # fmt: skip
+) -> PairedMap:
     """One :func:`latent_map` of the states of both flows, paired by id, with what the joined pairs mean in the original space.
 
     Args:
@@ -187,9 +200,13 @@ def paired_map(
 
 
 def nearness(
-    X: Any, labels: Sequence[Hashable], Y: Any = None, Y_labels: Sequence[Hashable] | None = None,
-    permutations: int = 200, seed: int = 0,
-) -> Nearness:  # fmt: skip
+    X: Float[Array, "n d"],
+    labels: Sequence[Hashable],
+    Y: Float[Array, "m d"] | None = None,
+    Y_labels: Sequence[Hashable] | None = None,
+    permutations: int = 200,
+    seed: int = 0,
+) -> Nearness:
     """Are rows of one label nearer to each other, in the original space, than to rows of other labels?
 
     nearer = mean over labels, rows i, rows j of i's label and rows k of others of [d(i, j) < d(i, k)] (ties count half), the area

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from scipy import special, stats
 from scipy.spatial import cKDTree
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch import Tensor
 from umm_kit.losses.factorization import ConditionalGaussian, Critic, club, infonce
 from umm_kit.statistics import Estimate
 
+Array = np.ndarray | Tensor
+Rows = Float[Array, " n"] | Float[Array, "n _d"]
 METHODS = ("ksg", "gaussian", "infonce", "club", "nceclub")
 _PARTS = 10  # disjoint parts of the rows from whose spread the interval of KSG comes
 _EVERY, _PATIENCE = 50, 6  # steps between looks at the validation rows; looks without progress that end a fit
@@ -40,7 +43,7 @@ class MutualInformation(Estimate):
 
 
 def mutual_information(
-    x: Any, y: Any, method: str = "ksg", k: int = 5, seeds: int = 3, batch_size: int = 256, steps: int = 2000, seed: int = 0
+    x: Rows, y: Rows, method: str = "ksg", k: int = 5, seeds: int = 3, batch_size: int = 256, steps: int = 2000, seed: int = 0
 ) -> MutualInformation:
     """Mutual information I(x; y) = E log[p(x, y) / (p(x) p(y))] from n paired rows, or the quantity a method has instead.
 

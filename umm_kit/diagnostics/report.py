@@ -31,6 +31,7 @@ from umm_kit.statistics import Estimate, bootstrap
 PANELS = ("gradients", "residual", "rank", "spectrum", "similarity")
 COLUMNS = ["panel", "series", "null", "mask_ratio", "layer", "depth", "value", "low", "high", "n"]
 _GROUPS = 8  # of the jackknife
+_NULLS = ("random subspace", "another mask draw", "shuffled ids")  # what chance or the masks alone give
 
 #: panel, series, is it a null, mask ratio, layer, value
 Row = tuple[str, str, bool, float, int, Estimate | float]
@@ -117,44 +118,59 @@ def diagnose(
     than gradients never ask for a gradient.
 
     Args:
-        untrained: a model of the same shape with random weights; its panels are added as a null, for a structure that
-            training did not make.
+        untrained: a model of the same shape with random weights. All that is measured on the model has a twin from it, "...,
+            untrained", as a null: what training did not make. So have the controls: the within-task cosines tell whether its
+            gradients are signal, the spectra at visible positions whether fine patterns there are learned.
 
     Raises:
-        ValueError: unknown panel or ratio, fewer than 16 examples.
+        ValueError: unknown panel or ratio, fewer than 16 examples, an untrained model of another shape.
     """
     started = time.perf_counter()
     if not panels or not set(panels) <= set(PANELS):
         raise ValueError(f"panels are {list(panels)}; expected some of {PANELS}")
     if len(data) < 2 * _GROUPS:
         raise ValueError(f"there are {len(data)} examples; a diagnosis with intervals needs at least {2 * _GROUPS}")
-    if not mask_ratios or not all(0 < r < 1 for r in mask_ratios):
-        raise ValueError(f"mask ratios are {list(mask_ratios)}; expected numbers in (0, 1)")
+    if not mask_ratios or not all(0 < r < 1 for r in mask_ratios) or len(set(mask_ratios)) < len(mask_ratios):
+        raise ValueError(f"mask ratios are {list(mask_ratios)}; expected different numbers in (0, 1)")
+    if untrained is not None and _shape(untrained) != _shape(model):
+        raise ValueError(f"the untrained model has {_shape(untrained)}, the model {_shape(model)}; expected the same")
     settings: dict[str, Any] = {
         "panels": list(panels), "mask_ratios": list(mask_ratios), "mask_layout": mask_layout, "variance": variance,
         "cutoff": cutoff, "batch_size": batch_size, "gradient_batch": gradient_batch, "seed": seed,
     }  # fmt: skip
-    rows: list[Row] = []
-    if "gradients" in panels:
-        between = (min(mask_ratios), max(mask_ratios))
-        conflict = gradient_conflict(model, data, gradient_batch, between, mask_layout, seed, progress)
-        for number, name in enumerate(conflict.layers, start=1):
-            for metric, estimate in conflict.estimates(name).items():
-                rows.append(("gradients", metric, metric.startswith("within"), np.nan, number, estimate))
-    if set(panels) - {"gradients"}:
-        states, shares = _pass(model, data, settings, progress)
-        rows += _geometry(states, settings)
-        rows += _spectrum(shares)
-    frame = _frame(rows, model.num_layers)
+    frame = _measured(model, data, settings, progress)
     if untrained is not None:
-        null = diagnose(untrained, data, **settings, progress=progress).frame.query("not null")
+        null = _measured(untrained, data, settings, progress)
+        null = null[~null.series.isin([*_NULLS, "white noise"])]  # all else, controls included, rests on the weights
         frame = pd.concat([frame, null.assign(series=null.series + ", untrained", null=True)], ignore_index=True)
     record = {
-        "model": f"{type(model).__name__}, {model.num_layers} layers of width {model.hidden_size}", "data": repr(data),
+        "model": f"{type(model).__name__}, {_shape(model)}", "untrained": untrained is not None, "data": repr(data),
         "n": len(data), **settings, "transform": "dct", "versions": versions(), "device": machine(),
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
     return Diagnosis(frame, record)
+
+
+def _shape(model: Any) -> str:
+    return f"{model.num_layers} layers of width {model.hidden_size}"
+
+
+def _measured(model: Any, data: Any, settings: Mapping[str, Any], progress: bool) -> pd.DataFrame:
+    """All panels of one model."""
+    rows: list[Row] = []
+    if "gradients" in settings["panels"]:
+        between = (min(settings["mask_ratios"]), max(settings["mask_ratios"]))
+        options = (settings["gradient_batch"], between, settings["mask_layout"], settings["seed"], progress)
+        conflict = gradient_conflict(model, data, *options)
+        numbers = {name: number for number, name in enumerate(model.layer_parameters(), start=1)}  # frozen ones count too
+        for name in conflict.layers:
+            for metric, estimate in conflict.estimates(name).items():
+                rows.append(("gradients", metric, metric.startswith("within"), np.nan, numbers[name], estimate))
+    if set(settings["panels"]) - {"gradients"}:
+        states, shares = _pass(model, data, settings, progress)
+        rows += _geometry(states, settings)
+        rows += _spectrum(shares)
+    return _frame(rows, model.num_layers)
 
 
 def _frame(rows: Sequence[Row], layers: int) -> pd.DataFrame:
@@ -181,7 +197,7 @@ def _pass(model: Any, data: Any, settings: Mapping[str, Any], progress: bool) ->
                 with warnings.catch_warnings():  # layer 0 of the understanding flow may be constant; such maps are left out
                     warnings.simplefilter("ignore", UserWarning)
                     spectrum = token_spectrum(H, flow.grid)
-                    shares[name, ratio, layer].append(spectrum.above(settings["cutoff"]))
+                shares[name, ratio, layer].append(spectrum.above(settings["cutoff"]))
                 shares["white noise", np.nan, layer] = [torch.tensor([spectrum.white(settings["cutoff"])])]
 
     size, layout = settings["batch_size"], settings["mask_layout"]
@@ -265,9 +281,10 @@ _WORDS = {
     ("rank", "increment"): "The effective-rank increment in percent",
     ("spectrum", "generation"): "The high-frequency share of the generation flow",
     ("spectrum", "understanding"): "The high-frequency share of the understanding flow",
+    ("spectrum", "generation, visible"): "The high-frequency share of the generation flow at visible positions",
+    ("spectrum", "understanding, visible"): "The high-frequency share of the understanding flow at visible positions",
     ("similarity", "cka"): "CKA of the two flows",
 }
-_NULLS = ("random subspace", "another mask draw", "shuffled ids")
 
 
 def _sentences(found: Diagnosis, panel: str) -> Iterator[str]:
@@ -280,15 +297,22 @@ def _sentences(found: Diagnosis, panel: str) -> Iterator[str]:
         ratio = curve.mask_ratio.iloc[len(curve) // 2]
         curve = curve if np.isnan(ratio) else curve[curve.mask_ratio == ratio]
         words = _WORDS[panel, name] + ("" if np.isnan(ratio) else f", mask ratio {ratio:g},")
+        if (curve := curve.dropna(subset="value")).empty:
+            yield f"{words} is undefined at every layer."
+            continue
         top, bottom = (curve.iloc[int(k)] for k in (curve.value.argmax(), curve.value.argmin()))
         high, low = (f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}] at layer {row.layer}" for row in (top, bottom))
         if top.low > bottom.high:
             yield f"{words} is highest with {high} and lowest with {low}."
         else:
             yield f"{words} runs from {low} to {high}: the intervals do not tell these apart."
-        for null in _NULLS:
+        for null in (*_NULLS, f"{name}, untrained"):
             beside = mine[(mine.series == null) & ((mine.mask_ratio == ratio) | mine.mask_ratio.isna())].set_index("layer")
             if len(beside):
                 values = beside.value.reindex(curve.layer).to_numpy()
                 outside = int(((values > curve.high) | (values < curve.low)).sum())
                 yield f"  Its interval leaves out what '{null}' gives at {outside} of {len(curve)} layers."
+    if len(cosine := mine[mine.series == "disattenuated_cosine"]):
+        below, above, unknown = (int(which.sum()) for which in (cosine.high < 0, cosine.low > 0, cosine.low.isna()))
+        signs = f"below 0 at {below} and above 0 at {above} of {len(cosine)} layers, by its interval"
+        yield f"  Freed of noise the cosine is {signs}; at {unknown} too little of the gradients is signal to tell."

@@ -11,13 +11,19 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
+Array = np.ndarray | Tensor
+Layers = Sequence[Float[Array, "n _d"]] | Float[Array, "_layers n _d"]
+Batch = Sequence[Float[Array, "_n _d"]] | Float[Array, "_layers _n _d"]  # n may change from batch to batch
+Similarities = Float64[Tensor, "layers_x layers_y"]
 _BLOCK = 2**25  # bytes of Gram rows held at once, over all layers
 
 
-def cka(X: Any, Y: Any, unbiased: bool = True) -> float:
+def cka(X: Float[Array, "n d_x"], Y: Float[Array, "n d_y"], unbiased: bool = True) -> float:
     """Linear centred kernel alignment of two sets of states of the same anchors.
 
     CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)),  K = X X^T, L = Y Y^T
@@ -42,7 +48,7 @@ def cka(X: Any, Y: Any, unbiased: bool = True) -> float:
     return float(cka_matrix([X], [Y], unbiased)[0, 0])
 
 
-def cka_matrix(Xs: Sequence[Any], Ys: Sequence[Any] | None = None, unbiased: bool = True) -> Tensor:
+def cka_matrix(Xs: Layers, Ys: Layers | None = None, unbiased: bool = True) -> Similarities:
     """:func:`cka` of every layer of Xs with every layer of Ys, or of Xs with itself.
 
     With both flows in one list, ``cka_matrix([*U, *G])``, the result has within- and across-flow blocks. Inner products
@@ -66,7 +72,7 @@ def cka_matrix(Xs: Sequence[Any], Ys: Sequence[Any] | None = None, unbiased: boo
     return _normalised(hsic, len(Xs), Ys is None)
 
 
-def cka_matrix_minibatch(batches: Iterable[tuple[Sequence[Any], Sequence[Any] | None]]) -> Tensor:
+def cka_matrix_minibatch(batches: Iterable[tuple[Batch, Batch | None]]) -> Similarities:
     """:func:`cka_matrix` of a stream: the unbiased HSIC of each batch is averaged, then the ratio is taken.
 
     CKA = sum_b n_b HSIC_b(K, L) / sqrt(sum_b n_b HSIC_b(K, K) sum_b n_b HSIC_b(L, L))  (Nguyen et al. 2021, Eq. 2; the
@@ -97,7 +103,7 @@ def cka_matrix_minibatch(batches: Iterable[tuple[Sequence[Any], Sequence[Any] | 
     return _normalised(total, shape[0], shape[1] is None)
 
 
-def procrustes_similarity(X: Any, Y: Any) -> float:
+def procrustes_similarity(X: Float[Array, "n d_x"], Y: Float[Array, "n d_y"]) -> float:
     """How well the best rotation or reflection maps one set of centred states on the other.
 
     s = ||X^T Y||_* / (||X||_F ||Y||_F), the sum of singular values (Schönemann 1966; Ding et al. 2021, Sec. 2). Unlike CKA it
@@ -131,7 +137,7 @@ def procrustes_similarity(X: Any, Y: Any) -> float:
     return min(float(torch.linalg.svdvals(x.T @ y).sum()), 1.0)
 
 
-def procrustes_distance(X: Any, Y: Any) -> float:
+def procrustes_distance(X: Float[Array, "n d_x"], Y: Float[Array, "n d_y"]) -> float:
     """What the best rotation leaves between two centred sets of states of unit Frobenius norm.
 
     min_Q ||X / ||X||_F - (Y / ||Y||_F) Q||_F = sqrt(2 - 2 s), s of :func:`procrustes_similarity` (Ding et al. 2021 square it).
@@ -172,7 +178,7 @@ def _centred(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     return (wide.div_(norm) if norm else wide).to(dtype), norm**2
 
 
-def _hsic(Xs: Sequence[Any], Ys: Sequence[Any] | None, unbiased: bool, dtype: Any = None) -> tuple[Tensor, Tensor]:
+def _hsic(Xs: Layers, Ys: Layers | None, unbiased: bool, dtype: Any = None) -> tuple[Tensor, Tensor]:
     """HSIC times a common constant of all pairs that CKA needs, of layers (Xs, then Ys) of unit norm; their norms squared.
 
     For centred X the rows of K sum to 0 and the unbiased HSIC is, up to 1 / n(n - 3),

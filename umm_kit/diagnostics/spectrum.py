@@ -19,9 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Float64
 from scipy import fft
 from torch import Tensor
 
+Array = np.ndarray | Tensor
+States = Float[Array, "N d"] | Float[Array, "B N d"]
+Rings = tuple[Float64[Tensor, " bins"], Float64[Tensor, "B bins"], Float64[Tensor, " bins"]]
 TRANSFORMS = ("dct", "dft")
 _CHUNK = 2**17  # numbers transformed at once: what fits a cache is twice as fast
 
@@ -36,11 +40,11 @@ class Spectrum:
         energy: [B], the energy itself: the sum of squares over tokens and channels (Parseval).
     """
 
-    frequency: Tensor
-    share: Tensor
-    energy: Tensor
+    frequency: Float64[Tensor, " F"]
+    share: Float64[Tensor, "B F"]
+    energy: Float64[Tensor, " B"]
 
-    def above(self, cutoff: float) -> Tensor:
+    def above(self, cutoff: float) -> Float64[Tensor, " B"]:
         """[B] shares of the energy at frequencies strictly above the cut-off (units of Nyquist)."""
         if (white := self.white(cutoff)) in (0, 1):
             which = "none" if white == 0 else "each"
@@ -56,7 +60,7 @@ class Spectrum:
             raise ValueError(f"the cut-off is {cutoff}; expected [0, sqrt(2)) in units of the Nyquist frequency")
         return (self.frequency > cutoff + 1e-9).double()  # sqrt(0.3^2 + 0.4^2) is not above 0.5
 
-    def radial(self, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    def radial(self, bins: int) -> Rings:
         """Centres [bins] of equal rings from 0 to sqrt(2), shares [B, bins], and the share of white noise [bins]."""
         if bins < 1:
             raise ValueError(f"bins is {bins}; expected at least 1")
@@ -67,7 +71,7 @@ class Spectrum:
 
 
 def token_spectrum(
-    H: Any, grid: tuple[int, int], transform: str = "dct", remove_mean: bool = True, average: str = "energy"
+    H: States, grid: tuple[int, int], transform: str = "dct", remove_mean: bool = True, average: str = "energy"
 ) -> Spectrum:
     """Spectral energy of states on their token grid, by example and frequency.
 
@@ -125,7 +129,12 @@ def token_spectrum(
 
 
 def high_frequency_energy_ratio(
-    H: Any, grid: tuple[int, int], cutoff: float = 0.5, transform: str = "dct", remove_mean: bool = True, average: str = "energy"
+    H: States,
+    grid: tuple[int, int],
+    cutoff: float = 0.5,
+    transform: str = "dct",
+    remove_mean: bool = True,
+    average: str = "energy",
 ) -> float:
     """Share of the spatial energy of states above a cut-off, the mean over examples (DIVA Sec. 2, Fig. 2c).
 
@@ -152,13 +161,13 @@ def high_frequency_energy_ratio(
 
 
 def radial_spectrum(
-    H: Any,
+    H: States,
     grid: tuple[int, int],
     bins: int | None = None,
     transform: str = "dct",
     remove_mean: bool = True,
     average: str = "energy",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Rings:
     """Shares of the spatial energy in rings of equal width, by example; arguments as :func:`token_spectrum`.
 
     Args:
@@ -176,7 +185,9 @@ def radial_spectrum(
     return token_spectrum(H, grid, transform, remove_mean, average).radial(max(grid) if bins is None else bins)
 
 
-def input_matched(H: Any, mask: Any, grid: tuple[int, int], keep: str = "visible") -> Tensor:
+def input_matched(
+    H: States, mask: Bool[Array, " N"] | Bool[Array, "B N"], grid: tuple[int, int], keep: str = "visible"
+) -> Float64[Tensor, "N d"] | Float64[Tensor, "B N d"]:
     """States at the visible (or at the masked) positions only, continued smoothly over the others: for both flows alike.
 
     In the generation flow mask tokens stand between visible ones, so its map is rough whatever the layer does. Here the states
@@ -212,7 +223,7 @@ def input_matched(H: Any, mask: Any, grid: tuple[int, int], keep: str = "visible
     return (filling(hidden.reshape(states.shape[:2]), grid, keep) @ states.to(torch.float64)).reshape(shape)
 
 
-def filling(mask: Tensor, grid: tuple[int, int], keep: str = "visible") -> Tensor:
+def filling(mask: Bool[Tensor, "B N"], grid: tuple[int, int], keep: str = "visible") -> Float64[Tensor, "B N N"]:
     """The linear map [B, N, N], float64 on the CPU, that :func:`input_matched` applies under masks [B, N].
 
     Take it once where the states of many layers lie under one mask.

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+FLOWS = ("understanding", "generation")
 MASK_RATIO = (0.2, 0.6)  # DIVA Sec. 3.1: the ratio is drawn anew for every example
 MASK_LAYOUTS = ("dispersed", "contiguous")
 
@@ -36,15 +38,15 @@ class FlowOutput:
         prediction, target: for continuous heads.
     """
 
-    loss: Tensor
-    per_example_loss: Tensor
-    hidden_states: dict[int, Tensor]
+    loss: Float[Tensor, ""]
+    per_example_loss: Float[Tensor, " B"]
+    hidden_states: dict[int, Float[Tensor, "B N d"]]
     grid: tuple[int, int]
-    mask: Tensor | None = None
-    logits: Tensor | None = None
-    labels: Tensor | None = None
-    prediction: Tensor | None = None
-    target: Tensor | None = None
+    mask: Bool[Tensor, "B N"] | None = None
+    logits: Float[Tensor, "B positions V"] | None = None
+    labels: Int[Tensor, "B positions"] | None = None
+    prediction: Float[Tensor, " B *content"] | None = None
+    target: Float[Tensor, " B *content"] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def as_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
     return out
 
 
-def check_images(images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+def check_images(images: Float[Tensor, "B 3 H W"], size: tuple[int, int] | None = None) -> Float[Tensor, "B 3 H W"]:
     """Refuse what is not a batch of RGB images in [0, 1]."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -189,7 +191,7 @@ def draw_mask(
     ratio: float | tuple[float, float] = MASK_RATIO,
     layout: str = "dispersed",
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Bool[Tensor, "{n} {grid[0]*grid[1]}"]:
     """Masks [n, rows * columns] (True = hidden), a fixed share of the tokens or one drawn from a range per example.
 
     "dispersed" hides positions drawn without replacement; "contiguous" one rectangle of about the same area at a random
@@ -224,13 +226,13 @@ def draw_mask(
 
 
 def choose_mask(
-    mask: Tensor | None,
+    mask: Bool[Tensor, "{n} {grid[0]*grid[1]}"] | None,
     n: int,
     grid: tuple[int, int],
     ratio: float | tuple[float, float],
     layout: str,
     generator: torch.Generator | None,
-) -> Tensor:
+) -> Bool[Tensor, "{n} {grid[0]*grid[1]}"]:
     """The mask a generation flow uses: the given one, checked, or a drawn one."""
     if mask is None:
         return draw_mask(n, grid, ratio, layout, generator)
@@ -241,7 +243,9 @@ def choose_mask(
     return mask
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(
+    logits: Float[Tensor, "B positions V"], labels: Int[Tensor, "B positions"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, " B"]]:
     """Cross-entropy in nats over labels that are not -100: (mean over supervised tokens, [B] mean per example)."""
     flat = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
     token = flat.view_as(labels)

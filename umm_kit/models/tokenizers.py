@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from jaxtyping import Float, Int
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -44,7 +45,7 @@ class ImageTokenizerConfig(PretrainedConfig):
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of each position of [B, C, H, W]."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -61,11 +62,11 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
         self.conv2.init_gain = 0.3  # type: ignore[assignment]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return x + self.conv2(nn.functional.gelu(self.conv1(self.norm(x))))
 
 
-def fsq(z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+def fsq(z: Float[Tensor, "*batch k"], levels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
     """Finite scalar quantization (Mentzer et al. 2024): bound each channel, round it, pass the gradient straight through.
 
     Args:
@@ -80,7 +81,7 @@ def fsq(z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     return straight / top * 2 - 1, digits.long()
 
 
-def code_digits(codes: Tensor, levels: Sequence[int]) -> Tensor:
+def code_digits(codes: Int[Tensor, "*batch"], levels: Sequence[int]) -> Int[Tensor, "*batch {len(levels)}"]:
     """FSQ digits [..., k] of codes [...], the first level fastest: digit j is in {0, ..., levels[j] - 1}."""
     digits, rest = [], codes
     for level in levels:
@@ -140,7 +141,7 @@ class ImageTokenizer(PreTrainedModel):
         z = self.encoder(images * 2 - 1).permute(0, 2, 3, 1)
         return fsq(z, torch.tensor(self.levels, device=z.device))
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B N"]:
         """Codes [B, N] in raster order; code = sum of digits in mixed radix, the first level fastest.
 
         Autocast is off here: a code near a rounding edge must not depend on the precision of the model around it.
@@ -151,13 +152,13 @@ class ImageTokenizer(PreTrainedModel):
         radix = torch.cumprod(torch.tensor([1, *self.levels[:-1]], device=digits.device), 0)
         return (digits * radix).sum(-1).flatten(1)
 
-    def quantized(self, codes: Tensor) -> Tensor:
+    def quantized(self, codes: Int[Tensor, "B N"]) -> Float[Tensor, "B N k"]:
         """FSQ lattice points [B, N, k] of codes [B, N]."""
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
             raise ValueError(f"codes range from {int(codes.min())} to {int(codes.max())}; expected 0 to {self.codebook_size - 1}")
         return code_digits(codes, self.levels) / (torch.tensor(self.levels, device=codes.device) - 1) * 2 - 1
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Int[Tensor, "B N"]) -> Float[Tensor, "B 3 H W"]:
         """Images [B, 3, H, W] in [0, 1] of codes [B, N]."""
         if codes.ndim != 2 or codes.shape[1] != self.grid[0] * self.grid[1]:
             raise ValueError(f"codes are {tuple(codes.shape)}; expected [batch, {self.grid[0] * self.grid[1]}]")
@@ -169,11 +170,11 @@ class ImageTokenizer(PreTrainedModel):
             quantized = quantized.unflatten(1, self.grid)
         return (self.decoder(quantized.permute(0, 3, 1, 2)) + 1) / 2
 
-    def reconstruct(self, images: Tensor) -> Tensor:
+    def reconstruct(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """decode(encode(images))."""
         return self.decode(self.encode(images))
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, " ..."]]:
         """Reconstruction loss: squared and absolute error, coloured pixels weighing 8 times as much as grey ones.
 
         Coloured objects cover a small part of a scene: an unweighted error would spend the codes on the ground.
@@ -195,7 +196,7 @@ class CodebookUse:
     perplexity: float  # exp(entropy of the code frequencies), between 1 and size
 
 
-def codebook_use(codes: Tensor, size: int) -> CodebookUse:
+def codebook_use(codes: Int[Tensor, "*batch N"], size: int) -> CodebookUse:
     """Count of used codes and perplexity exp(-sum p log p) of codes [..., N]."""
     if not codes.numel():
         raise ValueError("no codes were given; expected at least one")
