@@ -38,7 +38,7 @@ def test_perfect_encoders_pass_and_beat_linear_splits(planted):
     # Nothing of G's own is in U: there is no share to judge.
     assert torch.isnan(torch.tensor(frame.loc[("G-only 0", "unique"), "r"])) and frame.loc[("G-only 0", "unique"), "wanted"] == ""
     rivals = out.rivals.set_index("method")
-    assert set(rivals.index) == {"encoders", "CCA", "PCA", "random"} and (rivals["ahead"].dropna() > 0).all()
+    assert set(rivals.index) == {"encoders", "CCA", "PCA", "random"} and (rivals["low"].dropna() > 0).all()
     assert rivals.loc["encoders", "separation"] > 0.7 > rivals.loc["random", "separation"]
 
 
@@ -53,6 +53,12 @@ def test_swapped_encoders_fail_and_do_not_beat_the_right_ones(planted):
     )
     assert not out.passed and set(out.judged["verdict"]) == {"fail"}
     assert "not ahead of the perfect split" in out.summary() and out.rivals["ahead"].iloc[-1] < -1
+
+
+def test_a_tie_is_no_lead(planted):
+    same = lambda seen, size: lambda flows: perfect(planted)  # noqa: E731
+    out = score(lambda flows: perfect(planted), planted.flows, planted.factors, planted.kinds, {"same": same})
+    assert set(out.judged["verdict"]) == {"pass"} and not out.passed and "not ahead of the same split" in out.summary()
 
 
 def test_a_leak_is_named(planted):
@@ -97,6 +103,18 @@ def test_refuses_bad_input(planted):
 @pytest.fixture(scope="module")
 def model():
     return MaskedUMM.tiny(list(vocabulary_corpus()))
+
+
+@pytest.mark.parametrize(
+    ("u", "g", "kind"),
+    [(0.9, 0.2, "shared"), (0.2, 0.05, "U-only"), (0.9, 0.1, "undecided"), (0.0, 0.5, "G-only"), (0.1, 0.9, "undecided"),
+     (0.05, -0.02, "neither"), (0.1, 0.0, "undecided")],
+)  # fmt: skip
+def test_rule_of_truth_by_hand(monkeypatch, u, g, kind):
+    shares = {"u": (u, "pixels", 1.0), "g": (g, "words", 1.0)}
+    monkeypatch.setattr("umm_kit.evaluation.audit._shares", lambda part, factors, seed: [shares[part]])
+    row = truth_table({"understanding": "u", "generation": "g"}, {"f": None}).iloc[0]
+    assert row["kind"] == kind and row["understanding"] == u and row["generation part"] == "words"
 
 
 def test_truth_about_scenes(model):

@@ -52,12 +52,19 @@ def test_the_installed_command_and_the_module_are_one():
         (["evaluate", "m", "--n", "many"], "invalid int value"),
         (["train", "nothing"], "invalid choice: 'nothing'"),
         (["reproduce", "--preset", "huge"], "invalid choice: 'huge'"),
+        (["reproduce", "mona-lisa"], "invalid choice: 'mona-lisa'"),
     ],
 )
 def test_wrong_usage_exits_2(argv, says, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["3/2", "0/2", "half", "1/2/3"])
+def test_a_part_of_an_experiment_is_k_of_m(part, capsys):
+    assert cli.main(["reproduce", "atlas", "--preset", "tiny", "--part", part]) == 2
+    assert f"--part is {part!r}; expected K/M" in capsys.readouterr().err
 
 
 def test_a_users_mistake_is_one_line_and_a_traceback_on_demand(tmp_path, capsys):

@@ -93,6 +93,9 @@ def test_cca_split_recovers_linear_truth(linear):
         assert explained(out.unique[flow], own[flow]) > 0.98 and explained(out.unique[flow], shared) < 0.05
         cross = out.shared[flow].T @ out.unique[flow] / 800
         assert cross.abs().max() < 1e-3
+        h = flows[flow] - flows[flow].mean(0)
+        left = h - out.shared[flow] @ torch.linalg.lstsq(out.shared[flow], h).solution
+        np.testing.assert_allclose(out.unique[flow].abs(), np.abs(PCA(4).fit_transform(left.numpy())), atol=0.01)
     theirs = CCA(n_components=1, scale=False, max_iter=5000).fit_transform(*(flows[flow].numpy() for flow in FLOWS))
     ours = [out.shared[flow][:, 0].numpy() for flow in FLOWS]
     assert np.corrcoef(*ours)[0, 1] >= abs(np.corrcoef(theirs[0][:, 0], theirs[1][:, 0])[0, 1]) - 1e-4

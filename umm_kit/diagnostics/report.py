@@ -315,4 +315,5 @@ def _sentences(found: Diagnosis, panel: str) -> Iterator[str]:
     if len(cosine := mine[mine.series == "disattenuated_cosine"]):
         below, above, unknown = (int(which.sum()) for which in (cosine.high < 0, cosine.low > 0, cosine.low.isna()))
         signs = f"below 0 at {below} and above 0 at {above} of {len(cosine)} layers, by its interval"
-        yield f"  Freed of noise the cosine is {signs}; at {unknown} too little of the gradients is signal to tell."
+        but = f"; at {unknown} too little of the gradients is signal to tell" if unknown else ""
+        yield f"  Freed of noise the cosine is {signs}{but}."

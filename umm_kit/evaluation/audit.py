@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from umm_kit.diagnostics.bits import parts_of, read
+from umm_kit.diagnostics.bits import Reading, parts_of, read
 from umm_kit.evaluation.known import RIVALS, Planted, Split, axes, collect
 from umm_kit.features import FLOWS, evaluating
 
@@ -72,9 +72,10 @@ class Audit:
     """Verdicts on the two halves of each flow.
 
     Attributes:
-        frame: method, flow, factor, kind, z (h, shared, unique, or gain: the pair's bits beyond those of shared), bits (less the
-            control), r = bits / bits of h with its 95 % interval over held-out items, wanted, verdict (pass, fail, or empty where
-            nothing is asked), n. r is NaN where h holds less than .1 of the factor's entropy: nothing is asked there.
+        frame: method, flow, factor, kind, z (h, shared, unique, or gain: the pair's bits beyond those of shared, if it is read
+            better), bits (less the control), r = bits / bits of h with its 95 % interval over held-out items, wanted, verdict
+            (pass, fail, or empty where nothing is asked), n. r is NaN where h holds less than .1 of the factor's entropy:
+            nothing is asked there.
         rivals: for each method the separation, mean of r(right half) - r(wrong half) over all that is judged; by how much the
             encoders are ahead of it, with intervals.
         truth: :func:`truth_table`. relevance: share of a factor's entropy in what each task must predict.
@@ -100,8 +101,8 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Every judged row passes, every kind of factor is judged, and every rival is left behind."""
-        good, ahead = self.judged["verdict"] == "pass", self.rivals["ahead"].dropna() > 0
+        """Every judged row passes, every kind of factor is judged, and the interval of the lead over every rival is above 0."""
+        good, ahead = self.judged["verdict"] == "pass", self.rivals["low"].dropna() > 0
         return bool(good.all() and ahead.all()) and not self.unjudged
 
     def summary(self) -> str:
@@ -115,7 +116,7 @@ class Audit:
             lines.append(f"{row['factor']!r} ({row['kind']}) {what} the {row['z']} half of {row['flow']}: {found}.")
         lines += [f"No {kind} factor could be judged: the states hold less than {HELD} of its entropy." for kind in self.unjudged]
         for row in self.rivals.dropna().to_dict("records"):
-            side = "ahead of" if row["ahead"] > 0 else "not ahead of"
+            side = "ahead of" if row["low"] > 0 else "not ahead of"
             found = f"{row['ahead']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
             lines.append(f"The encoders are {side} the {row['method']} split: {found} in separation.")
         return "\n".join(lines)
@@ -160,10 +161,7 @@ def score(
     for flow in FLOWS:
         directions = axes(seen[flow] - seen[flow].mean(0))[:, :size]
         cut, whole = (read(x, factors, seed=seed) for x in (flows[flow] @ directions, flows[flow]))
-        items, control = (
-            np.where((whole.loss < cut.loss)[:, None], a, b)
-            for a, b in ((whole.items, cut.items), (whole.control[:, None], cut.control[:, None]))
-        )
+        items, control = _better(cut, whole)
         h = items @ weights.T - control  # [factors, 1 + resamples]
         held = (h[:, 0] >= HELD * whole.entropy) & (np.quantile(h, 0.025, axis=1) > 0)
         for method, half in halves.items():
@@ -173,7 +171,8 @@ def score(
             readings = {z: read(x, factors, seed=seed) for z, x in bits.items()}
             found = {z: r.items @ weights.T - r.control[:, None] for z, r in readings.items()}
             if method == "encoders":
-                found = {"h": h, **found, "gain": found["gain"] - found["shared"]}
+                items, control = _better(readings["shared"], readings["gain"])
+                found = {"h": h, **found, "gain": items @ weights.T - control - found["shared"]}
             for k, name in enumerate(factors):
                 right = {"shared": "shared", OWN[flow]: "unique"}.get(kinds[name]) if held[k] else None
                 divisor = np.where(held[k] & (h[k] > 0), h[k], np.nan)
@@ -197,6 +196,12 @@ def score(
         low, high = np.nanquantile(ahead[1:], [0.025, 0.975])
         table.append({"method": method, "separation": mean[method][0], "ahead": ahead[0], "low": low, "high": high})
     return Audit(pd.DataFrame(rows), pd.DataFrame(table, columns=["method", "separation", "ahead", "low", "high"]))
+
+
+def _better(a: Reading, b: Reading) -> tuple[np.ndarray, np.ndarray]:
+    """Items and controls of the reading with the lower validation loss, factor by factor: more numbers can be harder to read."""
+    second = (b.loss < a.loss)[:, None]
+    return np.where(second, b.items, a.items), np.where(second, b.control[:, None], a.control[:, None])
 
 
 def _encode(encoders: Callable, flows: Mapping[str, Tensor]) -> Split:
