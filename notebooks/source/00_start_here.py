@@ -214,9 +214,7 @@ filled = model.generate(
     texts, images=image.repeat(3, 1, 1, 1), mask=mask.repeat(3, 1, 1), generator=torch.Generator().manual_seed(SEED)
 ).cpu()
 shown = torch.cat([mask, torch.zeros_like(mask).repeat(3, 1, 1)])
-plots.image_grid(torch.cat([image, filled]), ["hidden", *texts], masks=shown)
-
-# %%
+display(plots.image_grid(torch.cat([image, filled]), ["hidden", *texts], masks=shown))
 pixels = data.image_size // model.grid[0]
 outside = ~mask.repeat_interleave(pixels, 1).repeat_interleave(pixels, 2)[0]
 change = (filled - image).abs()[:, :, outside].max()
@@ -349,8 +347,8 @@ said = model.understand(scans["images"])
 display(plots.image_grid(scans["images"], scans["texts"], notes=[f"scene model: {text}" for text in said]))
 
 # %% [markdown]
-# **What you should see.** Four scans with true captions, and the scene model describing them in the only words it has, with no
-# sign that it is lost: what a model says is no warning that it left its world. Now the same family, trained on scans:
+# The scene model describes scans in the only words it has, with no sign that it is lost: what a model says is no warning that it
+# left its world. Now the same family, trained on scans:
 
 # %%
 reader = uk.load("digits-masked", device=DEVICE)
@@ -359,8 +357,8 @@ display(plots.image_grid(scans["images"], [f"says: {text}" for text in reader.un
 display(plots.image_grid(written, [f"drawn: {text}" for text in scans["texts"]]))
 
 # %% [markdown]
-# **What you should see.** The digit is named right far more often than its thickness and slant, and the drawings can be read. The
-# card of `digits-masked` says how often, judged by a classifier that never saw a drawing. It was trained on a thousand scans
+# **What you should see.** Above, four scans with true captions. Here the digit is named right far more often than its thickness
+# and slant, and the drawings can be read. The card of `digits-masked` says how often, judged by a classifier that never saw a drawing. It was trained on a thousand scans
 # only: it knows many of them by heart, which its card's learning curves show.
 #
 # **If you see something else.** The captions above the scans are computed, so they do not depend on any model.
