@@ -358,8 +358,8 @@ display(plots.image_grid(written, [f"drawn: {text}" for text in scans["texts"]])
 
 # %% [markdown]
 # **What you should see.** Above, four scans with true captions. Here the digit is named right far more often than its thickness
-# and slant, and the drawings can be read. The card of `digits-masked` says how often, judged by a classifier that never saw a drawing. It was trained on a thousand scans
-# only: it knows many of them by heart, which its card's learning curves show.
+# and slant, and the drawings can be read. The card of `digits-masked` says how often, judged by a classifier that never saw a
+# drawing. It was trained on a thousand scans only: it knows many of them by heart, which its card's learning curves show.
 #
 # **If you see something else.** The captions above the scans are computed, so they do not depend on any model.
 #
