@@ -46,6 +46,7 @@ class Preset:
     textures: tuple[str, ...] = ("none", "high")
     seeds: tuple[int, ...] = (100, 101)
     layers: int = 4
+    heads: int = 2
     steps: int = 1600
     n: int = 512
     n_prompts: int = 64
@@ -76,8 +77,9 @@ def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, i
         understanding, generation = TASKS[task]
         config = PretrainConfig(
             output_dir=str(folder / f"{width}-{texture}-{seed}-{task}"), image_tokenizer=str(tokenizer), resume=True,
-            hidden_size=width, num_layers=chosen.layers, max_steps=chosen.steps, warmup_steps=min(100, chosen.steps // 4),
-            texture=texture, seed=seed, asymmetric=True, understanding_every=1, eval_strategy="no", disable_tqdm=True,
+            hidden_size=width, num_layers=chosen.layers, num_heads=chosen.heads, max_steps=chosen.steps,
+            warmup_steps=min(100, chosen.steps // 4), texture=texture, seed=seed, asymmetric=True, eval_strategy="no",
+            disable_tqdm=True,
             understanding_weight=understanding, generation_weight=generation,
         )  # fmt: skip
         model = train(config).eval()
