@@ -51,7 +51,6 @@ def test_the_installed_command_and_the_module_are_one():
         (["evaluate", "m", "--bogus", "1"], "--bogus"),
         (["evaluate", "m", "--n", "many"], "invalid int value"),
         (["train", "nothing"], "invalid choice: 'nothing'"),
-        (["reproduce", "--preset", "huge"], "invalid choice: 'huge'"),
         (["reproduce", "mona-lisa"], "invalid choice: 'mona-lisa'"),
     ],
 )
@@ -59,6 +58,13 @@ def test_wrong_usage_exits_2(argv, says, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["notebooks", "atlas", "diva"])
+def test_an_unknown_preset_is_refused_with_those_there_are(what, capsys):
+    assert cli.main(["reproduce", what, "--preset", "huge"]) == 2
+    said = capsys.readouterr().err
+    assert "preset is 'huge'" in said and "tiny" in said
 
 
 @pytest.mark.parametrize("part", ["3/2", "0/2", "half", "1/2/3"])

@@ -23,6 +23,8 @@ TRAINERS = {
     "masked": ("umm_kit.trainers.pretrain", "PretrainConfig"),
     "diva": ("umm_kit.trainers.diva", "DIVAConfig"),
 }
+#: name -> module of umm_kit.experiments, and the function in it that does what has no record yet and returns a report
+EXPERIMENTS = {"atlas": ("atlas", "run"), "diva-tuning": ("diva", "tune"), "diva": ("diva", "run")}
 HEADLINES = ("caption_f1", "qa_existence", "qa_relation", "generation_overall", "inpainting_objects")
 
 
@@ -102,8 +104,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     command(info)
 
     sub = command(reproduce, folder)
-    sub.add_argument("what", nargs="?", choices=("notebooks", "atlas"), default="notebooks", help="(default: %(default)s)")
-    sub.add_argument("--preset", choices=("tiny", "full"), default="full", help="tiny is for tests (default: %(default)s)")
+    sub.add_argument("what", nargs="?", choices=("notebooks", *EXPERIMENTS), default="notebooks", help="(default: %(default)s)")
+    sub.add_argument("--preset", help="of sizes: full or tiny (of diva, tiny is the only one, and the default)")
     sub.add_argument("--output", default="build", metavar="FOLDER", help="executed notebooks and figures (default: %(default)s)")
     sub.add_argument("--records", type=Path, metavar="FILE.jsonl", help="of an experiment (default: experiments/WHAT.jsonl)")
     sub.add_argument("--runs", default="runs", metavar="FOLDER", help="of an experiment's models (default: %(default)s)")
@@ -308,16 +310,17 @@ def reproduce(args: argparse.Namespace) -> int:
     if args.what == "notebooks":
         from umm_kit.reproduce import reproduce as run
 
-        return 0 if run(args.notebooks, args.output, args.preset) else 1
-    from umm_kit.experiments import atlas
-
+        return 0 if run(args.notebooks, args.output, args.preset or "full") else 1
+    module, function = EXPERIMENTS[args.what]
+    experiment = import_module(f"umm_kit.experiments.{module}")
+    preset = args.preset or next(iter(experiment.PRESETS))
+    if preset not in experiment.PRESETS:
+        raise ValueError(f"--preset is {preset!r}; {args.what} has {', '.join(experiment.PRESETS)}")
     part = [int(number) for number in args.part.split("/") if number.isdigit()]
     if len(part) != 2 or not 1 <= part[0] <= part[1]:
         raise ValueError(f"--part is {args.part!r}; expected K/M with 1 <= K <= M, such as 1/2")
     records = args.records or Path("experiments") / f"{args.what}.jsonl"
-    frame = atlas.run(args.preset, records, Path(args.runs) / args.what, (part[0], part[1]))
-    print(frame.to_string(index=False, float_format="%.3f"))
-    print(f"\nDoes the other task hurt?\n{atlas.verdicts(frame).to_string(index=False)}")
+    print(getattr(experiment, function)(preset, records, Path(args.runs) / args.what, (part[0], part[1])))
     return 0
 
 

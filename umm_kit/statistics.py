@@ -183,19 +183,29 @@ def hierarchical_bootstrap(
         raise ValueError("there is one group; expected at least 2 sequences of item values (bootstrap() serves one)")
     if shared_items and len(sizes) > 1:
         raise ValueError(f"shared_items asks for the same items in every group, but they hold {sorted(sizes)}")
-    rng = np.random.default_rng(seed)
+    rng, most = np.random.default_rng(seed), max(sizes)
+    share = rng.multinomial(most, np.full(most, 1 / most), n_resamples) / most if shared_items else np.empty(0)
 
-    def mean(node: Any, items: np.ndarray | None = None, resampled: bool = True) -> float:
-        """Of the means below; resampled: of as many children drawn at random, and of ``items`` or items drawn anew."""
-        drawn = rng.integers(len(node), size=len(node)) if resampled else np.arange(len(node))
+    def resampled(node: Any, which: np.ndarray) -> np.ndarray:
+        """For each of these resamples, the mean of as many children drawn at random, each with its own draws below it."""
         if isinstance(node, np.ndarray):
-            return float(node[drawn if items is None else items].mean())
-        return float(np.mean([mean(node[k], items, resampled) for k in drawn]))
+            if shared_items:
+                return (share @ node)[which]
+            chunks = np.array_split(which, -(-len(which) * len(node) // _CHUNK)) if len(which) else []
+            means = [node[rng.integers(len(node), size=(len(c), len(node)))].mean(1) for c in chunks]
+            return np.concatenate(means) if means else np.empty(0)
+        drawn = rng.integers(len(node), size=(len(node), len(which)))
+        values = np.empty(drawn.shape)
+        for k, child in enumerate(node):
+            slot, column = np.nonzero(drawn == k)
+            values[slot, column] = resampled(child, which[column])
+        return values.mean(0)
 
-    most = max(sizes)
-    means = [mean(tree, rng.integers(most, size=most) if shared_items else None) for _ in range(n_resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(mean(tree, resampled=False), float(low), float(high), len(tree))
+    def mean(node: Any) -> float:
+        return float(node.mean() if isinstance(node, np.ndarray) else np.mean([mean(child) for child in node]))
+
+    low, high = np.quantile(resampled(tree, np.arange(n_resamples)), [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(mean(tree), float(low), float(high), len(tree))
 
 
 def paired_difference(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,14 @@ class Ledger:
             os.write(file, line.encode())
         finally:
             os.close(file)
+
+
+def mine(runs: Sequence[Any], part: tuple[int, int], done: Callable[[Any], bool]) -> Iterator[Any]:
+    """Every m-th run from the k-th on, of ``part`` (k, m), without those that are done when their turn comes."""
+    for number, run in enumerate(runs, start=1):
+        if (number - part[0]) % part[1] == 0 and not done(run):
+            print(f"[{number}/{len(runs)}] {run}", flush=True)
+            yield run
 
 
 def endpoints(

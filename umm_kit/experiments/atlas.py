@@ -20,7 +20,7 @@ from scipy import stats
 
 from umm_kit.data.shapes import Nuisance, Shapes
 from umm_kit.diagnostics.report import diagnose
-from umm_kit.experiments import ASYMMETRIC, Ledger, endpoints
+from umm_kit.experiments import ASYMMETRIC, Ledger, endpoints, mine
 from umm_kit.models import load
 from umm_kit.statistics import Estimate, paired_difference
 from umm_kit.trainers.pretrain import PretrainConfig, train
@@ -57,23 +57,19 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(widths=(32,), textures=("none",), seeds=(100, 101), layers=2, steps=4, n=16, n_prompts=2),
     "full": Preset(),
+    "tiny": Preset(widths=(32,), textures=("none",), seeds=(100, 101), layers=2, steps=4, n=16, n_prompts=2),
 }
 
 
-def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> pd.DataFrame:
-    """Train and score every model of the grid that has no record yet; ``part`` (k, m) takes every m-th run from the k-th on."""
+def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
+    """Train and score every model of the grid that has no record yet."""
     chosen, ledger, folder = PRESETS[preset], Ledger(Path(records)), Path(folder)
     tokenizer = folder / "image_tokenizer"
     if not (tokenizer / "config.json").exists():
         load("tiny-masked", device="cpu").image_tokenizer.save_pretrained(tokenizer)
-    runs = list(chosen.runs())
-    for number, (width, texture, seed, task) in enumerate(runs, start=1):
-        name = f"width {width}, {texture} texture, seed {seed}, {task}"
-        if (number - part[0]) % part[1] or name in ledger.records():
-            continue
-        print(f"[{number}/{len(runs)}] {name}", flush=True)
+    title = "width {}, {} texture, seed {}, {}".format
+    for width, texture, seed, task in mine(list(chosen.runs()), part, lambda run: title(*run) in ledger.records()):
         understanding, generation = TASKS[task]
         config = PretrainConfig(
             output_dir=str(folder / f"{width}-{texture}-{seed}-{task}"), image_tokenizer=str(tokenizer), resume=True,
@@ -94,8 +90,15 @@ def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, i
             content["diagnosis"] = (
                 found[["panel", "series", "layer", "value", "low", "high"]].round(5).to_dict("split", index=False)
             )
-        ledger.add(name, content)
-    return interference(ledger.records())
+        ledger.add(title(width, texture, seed, task), content)
+    return summary(ledger.records())
+
+
+def summary(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every comparison, and the verdict on each cell."""
+    frame = interference(records)
+    table = frame.to_string(index=False, float_format="%.3f")
+    return f"{table}\n\nDoes the other task hurt?\n{verdicts(frame).to_string(index=False)}"
 
 
 def interference(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

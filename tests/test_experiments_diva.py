@@ -1,0 +1,129 @@
+"""DIVA's arms: the comparison by hand, the rule of the verdict, matching and tuning by records, and one run of seconds."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from umm_kit.data.language import vocabulary_corpus
+from umm_kit.experiments import Ledger, diva
+from umm_kit.models.masked import MaskedUMM
+
+TINY = diva.PRESETS["tiny"]
+
+
+def runs(arm, gain, seeds=(0, 1), bases=("a", "b"), n=200):
+    """Runs whose every endpoint is better than the base's by ``gain`` (a loss: lower), with some noise."""
+    for base in bases:
+        for seed in seeds if arm != "base" else (None,):
+            rng = np.random.default_rng([len(base), 0 if seed is None else seed + 1, len(arm)])
+            items = {}
+            for metric in diva.ENDPOINTS:
+                sign = -1 if metric.endswith("_loss") else 1
+                items[metric] = 0.5 + np.linspace(0, 0.1, n) + sign * gain + 0.01 * rng.standard_normal(n) * (arm != "base")
+            yield {"name": f"{base}, {arm}, {seed}", "arm": arm, "base": base, "seed": seed, "items": items}
+
+
+def records(**gains):
+    return {r["name"]: r for arm, gain in gains.items() for r in runs(arm, gain)}
+
+
+def test_effects_recover_planted_gains_of_scores_and_losses():
+    frame = diva.effects(records(base=0, sft_all=0.02, sft_middle=0.01, diva=0.05)).set_index(["arm", "metric"])
+    for metric in diva.ENDPOINTS:
+        row = frame.loc[("diva", metric)]
+        assert row.over_base == pytest.approx(0.05, abs=0.002) and row.over_sft == pytest.approx(0.03, abs=0.002)
+        assert row.rival == "sft_all" and row.runs == 4 and row.n == 200
+        assert row.sft_low < row.over_sft < row.sft_high and 0 < row.detectable < 0.01
+    assert np.isnan(frame.loc[("sft_all", "understanding"), "over_sft"]), "nothing is compared with itself"
+    assert frame.loc[("base", "understanding"), "over_sft"] == pytest.approx(-0.02, abs=0.002)
+
+
+@pytest.mark.parametrize(("gain", "said"), [(0.05, "yes"), (0.02, "undecided"), (-0.01, "no, it is worse")])
+def test_diva_counts_only_if_it_beats_the_better_fine_tuning(gain, said):
+    found = records(base=0, sft_all=0, sft_middle=0.02, diva=gain)
+    if said == "undecided":  # on one base it gains what it loses on the other
+        for r in found.values():
+            if r["arm"] == "diva":
+                r["items"] = {m: v + (0.03 if r["base"] == "a" else -0.03) for m, v in r["items"].items()}
+    frame = diva.verdict(diva.effects(found))
+    assert set(frame.verdict) == {said} and set(frame.rival) == {"sft_middle"}
+
+
+def test_differences_pair_what_was_trained_with_one_seed():
+    found = records(base=0, diva=0.1)
+    del found["a, diva, 1"]
+    tree = diva.differences(found, "diva", "base", "understanding")
+    assert [len(seeds) for seeds in tree] == [1, 2]
+    np.testing.assert_allclose(
+        tree[0][0], found["a, diva, 0"]["items"]["understanding"] - found["a, base, None"]["items"]["understanding"]
+    )
+    loss = diva.differences(found, "diva", "base", "generation_loss")
+    assert np.mean(loss[1][0]) == pytest.approx(0.1, abs=0.01), "a lower loss is a gain"
+
+
+def test_ablation_order_is_kept_reversed_or_undecided():
+    kept = diva.ablation_order(records(base=0, sft_all=0.01, no_unique=0.02, no_stop_gradient=0.03, diva=0.04))
+    assert set(kept.verdict) == {"kept"} and len(kept) == 8
+    turned = diva.ablation_order(records(base=0, sft_all=0.01, no_unique=0.05, no_stop_gradient=0.03, diva=0.04))
+    assert list(turned.verdict[:4]) == ["kept", "kept", "reversed", "kept"]
+
+
+def test_without_fine_tuning_nothing_is_said():
+    with pytest.raises(ValueError, match="cannot be compared"):
+        diva.effects(records(base=0, diva=1))
+    assert "6 trained" not in diva.summary(records(base=0, diva=1)) and "4 trained" in diva.summary(records(base=0, diva=1))
+
+
+def test_steps_are_matched_in_processor_seconds_or_in_examples():
+    config = diva.DIVAConfig.tiny()
+    stages = config.stage1_steps + config.max_steps
+    costs = {f"cost of {name}": {"processor_seconds": s} for name, s in {"diva": 90, "sft_all": 30, "sft_middle": 45}.items()}
+    assert diva.matched_steps(costs, "sft_all", TINY) == 3 * stages
+    assert diva.matched_steps(costs, "sft_middle", TINY) == 2 * stages
+    assert diva.matched_steps({}, "sft_middle_examples", TINY) == stages
+    with pytest.raises(ValueError, match="cost of diva"):
+        diva.matched_steps({}, "sft_all", TINY)
+
+
+def test_the_best_rate_asks_for_all_trials():
+    trial = lambda u, g: {"means": {"understanding": u, "generation": g}}  # noqa: E731
+    trials = {
+        diva.tuning_name("diva", rate): trial(u, g) for rate, (u, g) in zip(diva.RATES, ((1, 0), (0.6, 0.6), (0, 1)), strict=True)
+    }
+    assert diva.best_rate(trials, "diva", TINY) == diva.RATES[1]
+    del trials[diva.tuning_name("diva", diva.RATES[0])]
+    with pytest.raises(ValueError, match="not tried at"):
+        diva.best_rate(trials, "diva", TINY)
+
+
+def test_every_arm_is_a_configuration_that_the_trainer_takes(tmp_path):
+    for name, arm in diva.ARMS.items():
+        config = diva.config_of(arm, TINY, 0, tmp_path, 1e-4, 7 if arm.plain else None)
+        assert config.factors != arm.plain and (config.max_steps == 7) == arm.plain, name
+    with pytest.raises(ValueError, match="number of steps"):
+        diva.config_of(diva.ARMS["sft_all"], TINY, 0, tmp_path, 1e-4)
+
+
+@pytest.mark.slow
+def test_tuning_and_arms_run_and_resume(tmp_path, monkeypatch):
+    base = tmp_path / "base-0"
+    MaskedUMM.tiny(list(vocabulary_corpus())).save_pretrained(base)
+    settings = {"stage1_steps": 2, "max_steps": 2, "per_device_train_batch_size": 8, "warmup_steps": 0, "factor_size": 8}
+    small = replace(TINY, bases=(str(base),), seeds=(0,), rates=(1e-4,), arms=("sft_middle", "diva"))
+    small = replace(small, n=8, n_prompts=1, n_tuning=8, settings=settings)
+    monkeypatch.setitem(diva.PRESETS, "seconds", small)
+    monkeypatch.setattr(diva, "TUNED", ("sft_middle", "diva"))
+    records = tmp_path / "diva.jsonl"
+    with pytest.raises(ValueError, match="diva-tuning"):
+        diva.run("seconds", records, tmp_path / "runs")
+    diva.tune("seconds", tmp_path / "diva-tuning.jsonl", tmp_path / "tuning")
+    tuning = Ledger(tmp_path / "diva-tuning.jsonl").records()
+    assert len(tuning) == 2 * len(diva.TUNED) + 1, "costs, trials and the base"
+    diva.run("seconds", records, tmp_path / "runs")
+    done = Ledger(records).records()
+    assert set(done) == {"base-0, base", "base-0, sft_middle, seed 0", "base-0, diva, seed 0"}
+    assert done["base-0, diva, seed 0"]["steps"] == 2 and done["base-0, sft_middle, seed 0"]["steps"] > 2
+    stamp = records.read_bytes()
+    diva.run("seconds", records, tmp_path / "runs")
+    assert records.read_bytes() == stamp, "what is there is not run again"
