@@ -47,6 +47,7 @@ class Preset:
     seeds: tuple[int, ...] = (100, 101)
     layers: int = 4
     heads: int = 2
+    understanding_every: int = 4  # drawing is the slower to learn, and is shown every picture
     steps: int = 1600
     n: int = 512
     n_prompts: int = 64
@@ -75,7 +76,7 @@ def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, i
             output_dir=str(folder / f"{width}-{texture}-{seed}-{task}"), image_tokenizer=str(tokenizer), resume=True,
             hidden_size=width, num_layers=chosen.layers, num_heads=chosen.heads, max_steps=chosen.steps,
             warmup_steps=min(100, chosen.steps // 4), texture=texture, seed=seed, asymmetric=True, eval_strategy="no",
-            disable_tqdm=True,
+            disable_tqdm=True, understanding_every=chosen.understanding_every,
             understanding_weight=understanding, generation_weight=generation,
         )  # fmt: skip
         model = train(config).eval()
