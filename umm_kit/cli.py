@@ -24,7 +24,12 @@ TRAINERS = {
     "diva": ("umm_kit.trainers.diva", "DIVAConfig"),
 }
 #: name -> module of umm_kit.experiments, and the function in it that does what has no record yet and returns a report
-EXPERIMENTS = {"atlas": ("atlas", "run"), "diva-tuning": ("diva", "tune"), "diva": ("diva", "run")}
+EXPERIMENTS = {
+    "atlas": ("atlas", "run"),
+    "diva-tuning": ("diva", "tune"),
+    "diva": ("diva", "run"),
+    "frontier": ("frontier", "run"),
+}
 HEADLINES = ("caption_f1", "qa_existence", "qa_relation", "generation_overall", "inpainting_objects")
 
 
