@@ -331,3 +331,28 @@ def test_summed_loss_is_cross_entropy_of_the_labelled_rows():
     naive = sum(-head(h).log_softmax(-1)[y] for h, y in zip(hidden.flatten(0, 1), labels.flatten(), strict=True) if y != IGNORE)
     assert torch.allclose(summed_loss(head, hidden, labels, multiple=8), naive)
     assert summed_loss(head, hidden, torch.full_like(labels, IGNORE)) == 0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_rounds_compute_what_predicting_everything_would(model, guidance):
+    """Naively: every round predicts every token of every row, and the last of a random order are shown."""
+    texts, rng = ["a red circle", "a ring", "two squares"], torch.Generator().manual_seed(1)
+    codes = torch.randint(model.codebook_size, (3, 64), generator=rng)
+    hidden = torch.rand(3, 64, generator=rng) < torch.tensor([[1.0], [0.2], [0.0]])
+    greedy = Decoding(steps=6, temperature=0.0, guidance=guidance)
+    found = model.generate_codes(texts, codes, hidden, greedy, torch.Generator().manual_seed(0))
+
+    noise = torch.Generator().manual_seed(0)
+    naive, left = codes.clone(), hidden.clone()
+    ids, empty = model.pack_captions(texts), model.pack_captions([""] * 3)
+    for step in range(1, 7):
+        sure = torch.rand(3, 64, generator=noise)  # the Gumbel noise has the same order
+        with torch.no_grad():
+            said, free = (model.image_head(model._generation(naive, left, t)[0]) for t in (ids, empty))
+        chosen = (free + guidance * (said - free)).argmax(-1)
+        for row in range(3):
+            keep = math.floor(int(hidden[row].sum()) * math.cos(math.pi / 2 * step / 6))
+            order = sorted(torch.nonzero(left[row])[:, 0].tolist(), key=lambda k, row=row: float(sure[row, k]))
+            for k in order[keep:]:
+                naive[row, k], left[row, k] = chosen[row, k], False
+    assert torch.equal(found, naive) and torch.equal(found[2], codes[2]), "a row without holes is left alone"

@@ -481,26 +481,39 @@ class MaskedUMM(PreTrainedModel):
         ids = self.pack_captions(texts).to(codes.device)
         empty = self.pack_captions([""] * len(texts)).to(codes.device)
         total, codes, hidden = hidden.sum(1), codes.clone(), hidden.clone()
-        for step in range(1, decoding.steps + 1):
-            logits = self.image_head(self._generation(codes, hidden, ids)[0]).float()
-            if decoding.guidance != 1:
-                free = self.image_head(self._generation(codes, hidden, empty)[0]).float()
-                logits = free + decoding.guidance * (logits - free)
-            p = (logits / max(decoding.temperature, 1e-6)).softmax(-1)
-            if decoding.temperature:
-                u = torch.rand(p.shape, generator=generator).to(p.device).clamp_(1e-9, 1 - 1e-7)
-                chosen = (p.clamp(min=1e-20).log() - (-u.log()).log()).argmax(-1)
-            else:
-                chosen = p.argmax(-1)
-            u = torch.rand(hidden.shape, generator=generator).to(p.device).clamp_(1e-9, 1 - 1e-7)
-            sure = -(-u.log()).log()
-            if decoding.order == "confidence":
-                sure = sure * decoding.choice_temperature * (1 - step / decoding.steps)
-                sure = sure + logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
-            codes = torch.where(hidden, chosen, codes)
-            left = (total * math.cos(math.pi / 2 * step / decoding.steps)).floor().long()
+
+        def gumbel(*shape: int) -> Tensor:
+            u = torch.rand(shape, generator=generator).to(codes.device).clamp_(1e-9, 1 - 1e-7)
+            return -(-u.log()).log()
+
+        def last(sure: Tensor, left: Tensor) -> Tensor:
+            """The hidden positions that are shown now: all but the ``left`` least sure ones."""
             rank = sure.masked_fill(~hidden, float("inf")).argsort(1).argsort(1)
-            hidden = hidden & (rank < left[:, None])
+            return hidden & (rank >= left[:, None])
+
+        for step in range(1, decoding.steps + 1):
+            left = (total * math.cos(math.pi / 2 * step / decoding.steps)).floor().long()
+            sure = gumbel(*hidden.shape)
+            # In random order it is known which are shown before what they are: only those need logits.
+            at = hidden if decoding.order == "confidence" else last(sure, left)
+            rows = at.any(1)
+            if not bool(rows.any()):
+                continue
+            now = codes[rows], hidden[rows]
+            logits = self.image_head(self._generation(*now, ids[rows])[0][at[rows]]).float()
+            if decoding.guidance != 1:
+                free = self.image_head(self._generation(*now, empty[rows])[0][at[rows]]).float()
+                logits = free + decoding.guidance * (logits - free)
+            if decoding.temperature:
+                chosen = (logits / decoding.temperature + gumbel(*logits.shape)).argmax(-1)
+            else:
+                chosen = logits.argmax(-1)
+            codes[at] = chosen
+            if decoding.order == "confidence":
+                sure[at] *= decoding.choice_temperature * (1 - step / decoding.steps)
+                sure[at] += logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+                at = last(sure, left)
+            hidden = hidden & ~at
         return codes
 
     def image_log_prob(
