@@ -14,13 +14,25 @@ from safetensors.torch import load_file
 
 from umm_kit.data.language import vocabulary_corpus
 from umm_kit.data.shapes import Shapes
-from umm_kit.losses.factorization import alignment
+from umm_kit.losses.factorization import alignment, orthogonality
 from umm_kit.models import load
-from umm_kit.models.factors import FLOWS, FactorEncoders, FactorEncodersConfig, Factors
+from umm_kit.models.base import token_losses
+from umm_kit.models.factors import FLOWS, FactorEncoders, FactorEncodersConfig, Factors, Readouts
 from umm_kit.models.masked import MaskedUMM
 from umm_kit.trainers.base import Stream, last_checkpoint
 from umm_kit.trainers.diva import DIVAConfig, DIVATrainer, train
-from umm_kit.trainers.stages import BackboneStage, EncoderStage, FlowCollator, Flows, facts_of, projected
+from umm_kit.trainers.stages import (
+    BackboneStage,
+    EncoderStage,
+    FlowCollator,
+    Flows,
+    ReleasedCritic,
+    adapters,
+    bag_of_words,
+    equalising,
+    facts_of,
+    projected,
+)
 
 DATA = Shapes("train", n=4096)
 
@@ -108,8 +120,6 @@ def test_questions_go_through_the_understanding_flow(model):
 
 def test_stage_one_starts_as_no_change(model):
     """Readouts start at zero, so the losses are the backbone's own, averaged over examples."""
-    from umm_kit.models.factors import Readouts
-
     settings = config("unused")
     encoders = FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=8))
     widths = {"understanding": model.config.text_vocab_size, "generation": model.codebook_size}
@@ -205,6 +215,243 @@ def test_projection_runs_and_differs_only_where_tasks_conflict(saved, tmp_path):
     assert torch.isfinite(ends[True]).all() and float((ends[True] - ends[False]).abs().max()) < 1e-2
 
 
+# --- options and controls ----------------------------------------------------------------------------------------------
+
+
+def test_equalising_by_hand():
+    """|a| = 5 over two tensors, |b| = 15: their mean is 10; nothing to do against a zero gradient."""
+    a, b = [torch.tensor([3.0]), torch.tensor([[4.0]])], [torch.tensor([0.0]), torch.tensor([[-15.0]])]
+    assert equalising(a, b) == pytest.approx((2, 2 / 3))
+    assert equalising(a, [None, torch.tensor([[15.0]])]) == pytest.approx((2, 2 / 3))
+    assert equalising(a, [None, torch.zeros(1, 1)]) == (1, 1)
+
+
+def test_equalised_gradients_are_weighted_and_summed(model, tmp_path):
+    """w_U m gU/|gU| + w_G m gG/|gG| over the trained parameters, m the mean of both norms."""
+    chosen = dict(shared_weight=0.0, unique_weight=0.0, equalise_gradients=True, generation_weight=0.5)
+    trainer, batch = DIVATrainer(model, config(tmp_path, **chosen), DATA), batch_of(model, 16)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    u, g = (
+        torch.cat([x.flatten() for x in torch.autograd.grad(out.per_example_loss.mean(), trained)])
+        for out in Flows(model)(batch, [])
+    )
+    mean = (u.norm() + g.norm()) / 2
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch).backward()
+    found = torch.cat([p.grad.flatten() for p in trained])
+    assert abs(float(u.norm() / g.norm()) - 1) > 0.05, "else this shows nothing"
+    torch.testing.assert_close(found, mean * (u / u.norm() + 0.5 * g / g.norm()), atol=1e-6, rtol=1e-4)
+
+
+def started(settings, model):
+    """Encoders, and readouts that already say something."""
+    torch.manual_seed(1)
+    encoders = FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=8)).eval()
+    readouts = Readouts(8, {"understanding": model.config.text_vocab_size, "generation": model.codebook_size}, 4)
+    stage = EncoderStage(model, encoders, readouts, [2], settings)
+    for p in readouts.parameters():
+        torch.nn.init.normal_(p)
+    return stage
+
+
+@pytest.mark.parametrize("pairs", ["true", "shuffled"])
+def test_shuffled_pairs_in_stage_one(model, pairs):
+    """U of anchor i takes z_sh of G's anchor i + 1, its own z_uni; G of anchor i + 1 takes z_sh of U's anchor i."""
+    stage, batch = started(config("unused", pairs=pairs), model), batch_of(model, 6, 0)
+    out = stage(batch, unique=True)
+    u, g = Flows(model)(batch, [2])
+    z = stage.encoders({flow: r.hidden_states[2].mean(1) for flow, r in zip(FLOWS, (u, g), strict=True)})
+    step, losses = int(pairs == "shuffled"), {flow: [] for flow in FLOWS}
+    for i in range(6):
+        j = (i + step) % 6
+        one = {"understanding": (u, i), "generation": (g, j)}
+        pair = [{flow: part[flow][[k]] for flow, (_, k) in one.items()} for part in (z.shared, z.unique)]
+        for flow, s in stage.readouts({flow: r.logits[[k]] for flow, (r, k) in one.items()}, Factors(*pair)).items():
+            result, k = one[flow]
+            losses[flow].append(token_losses(s, result.labels[[k]])[0])
+    for flow in FLOWS:
+        assert float(out[f"{flow}_loss"]) == pytest.approx(float(torch.stack(losses[flow]).mean()), rel=1e-4)
+
+
+def test_shuffled_pairs_in_stage_two(model):
+    """Partners, averaged targets and facts are those of the next anchor; the task losses do not notice."""
+    encoders = FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=8)).eval()
+    batch = batch_of(model, 16)
+    batch["facts"] = batch["facts"] % 5
+    u, g = Flows(model)(batch, [2])
+    rows, facts = batch["anchor"], batch["facts"][batch["anchor"]]
+    z = encoders({"understanding": u.hidden_states[2][rows].mean(1), "generation": g.hidden_states[2][rows].mean(1)})
+    order = [*range(1, 12), 0]
+    x, y = z.shared["understanding"], z.shared["generation"][order]
+    expected = alignment(x, y, True, 0.1, facts[order]).loss + alignment(y, x, True, 0.1, facts).loss
+    found = {}
+    for pairs in ("true", "shuffled"):
+        settings = config("unused", unique_weight=0.0, pairs=pairs, mask_equal_facts=True)
+        stage = BackboneStage(model, encoders, [2], settings)
+        found[pairs] = stage(batch, None, [], {})
+        with_targets = stage(batch, stage.factors(u, g, rows), [], {})
+        assert torch.allclose(with_targets["shared_loss"], found[pairs]["shared_loss"])
+    assert torch.allclose(found["shuffled"]["shared_loss"], expected, atol=1e-5)
+    assert abs(float(found["shuffled"]["shared_loss"] - found["true"]["shared_loss"])) > 1e-3
+    assert torch.equal(found["shuffled"]["generation_loss"], found["true"]["generation_loss"])
+
+
+def test_words_stand_in_for_the_factor(model):
+    """U's bias is a linear map of the caption's words plus its own unique factor's, and E_sh^G learns nothing."""
+    stage, batch = started(config("unused", bag_of_words=True), model), batch_of(model, 6, 0)
+    out = stage(batch, unique=False)
+    u, _ = Flows(model)(batch, [2])
+    words = torch.zeros(6, model.config.text_vocab_size)
+    for i in range(6):
+        for label in u.labels[i]:
+            if label >= 0:
+                words[i, label] += 1
+    assert torch.equal(bag_of_words(u.labels, words.shape[1]), words) and float(words.sum(1).min()) > 3
+    first, last = stage.readouts.shared["understanding"]
+    assert first.weight.shape == (4, words.shape[1])
+    expected = token_losses(u.logits + (words @ first.weight.T @ last.weight.T)[:, None], u.labels)[1].mean()
+    assert float(out["understanding_loss"]) == pytest.approx(float(expected), rel=1e-4)
+    out["loss"].backward()
+    assert all(p.grad is None or not p.grad.any() for p in stage.encoders.shared["generation"].parameters())
+
+
+def test_random_encoders_stay_as_they_were_drawn(model, tmp_path):
+    trainer = DIVATrainer(model, config(tmp_path, random_encoders=True), DATA)
+    trainer.train()
+    torch.manual_seed(trainer.args.seed)
+    drawn = FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=32)).state_dict()
+    assert all(torch.equal(p, drawn[name]) for name, p in trainer.encoders.state_dict().items())
+    assert not (tmp_path / "stage1").exists() and (tmp_path / "encoders").exists()
+
+
+def test_readouts_are_cut_to_full_rank(model, tmp_path, caplog):
+    DIVATrainer(model, config(tmp_path, rank=64, stage1_steps=1), DATA).warm_up()
+    assert "readouts of rank 32 instead of 64" in caplog.text
+
+
+def test_released_critic_is_club_by_its_formula():
+    """Without 1/2 and with tanh(log variance); it learns by likelihood, one step for each batch."""
+    critic, x = ReleasedCritic(3, seed=1).eval(), torch.randn(5, 3)
+    y = x + 0.1 * torch.randn(5, 3)
+    mean, spread = critic.critic.net(x).detach().chunk(2, 1)
+    score = [
+        [-sum((y[j, d] - mean[i, d]) ** 2 / spread[i, d].tanh().exp() for d in range(3)) for j in range(5)] for i in range(5)
+    ]
+    expected = sum(float(score[i][i]) for i in range(5)) / 5
+    expected -= sum(float(score[i][j]) for i in range(5) for j in range(5) if i != j) / 20
+    found = critic(x, y, torch.arange(5))
+    assert float(found.loss) == pytest.approx(expected, rel=1e-4) and found.active
+    critic.train()
+    likelihood = []
+    for _ in range(200):
+        likelihood.append(float(critic.critic(x, y).detach().diagonal().mean()))
+        critic(x, y, torch.arange(5))
+    assert likelihood[-1] > likelihood[0] + 1
+
+
+def test_released_terms_by_a_naive_reference(model):
+    """CLUB of (shared, unique) in each flow, summed; orthogonality in stage 2, InfoNCE but no orthogonality in stage 1."""
+    settings, batch = config("unused", variant="released", factor_size=8), batch_of(model, 16)
+    encoders = FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=8, kind=settings.encoder)).eval()
+    critics = [ReleasedCritic(8, seed=k).eval() for k in range(4)]
+    out = BackboneStage(model, encoders, [1, 3], settings)(batch, None, critics, {})
+    u, g = Flows(model)(batch, [1, 3])
+    unique, orthogonal, places = [], [], batch["places"][batch["anchor"]]
+    for k, layer in enumerate((1, 3)):
+        z = encoders({f: r.hidden_states[layer][batch["anchor"]].mean(1) for f, r in zip(FLOWS, (u, g), strict=True)})
+        pairs = [(z.shared[flow], z.unique[flow]) for flow in FLOWS]
+        unique.append(sum(critics[2 * k + i](*pair, places).loss for i, pair in enumerate(pairs)))
+        orthogonal.append(sum(orthogonality(*pair).overlap for pair in pairs))
+    assert torch.allclose(out["unique_loss"], sum(unique) / 2, atol=1e-4)
+    assert torch.allclose(out["orthogonality_loss"], sum(orthogonal) / 2, atol=1e-5)
+    first = started(settings, model)(batch_of(model, 8, 0), unique=True)
+    assert "shared_loss" in first and "orthogonality_loss" not in first
+    total = first["understanding_loss"] + first["generation_loss"] + 0.6 * first["shared_loss"]
+    assert torch.allclose(first["loss"], total)
+
+
+def test_released_trains_everything_in_stage_two(model, tmp_path):
+    trainer = DIVATrainer(model, config(tmp_path, variant="released", layers=[], max_steps=3), DATA)
+    assert trainer.layers == [2], "two thirds of four, rounded down"
+    before, encoders = weights(model), trainer.warm_up()
+    drawn = weights(encoders)
+    trainer.encoders = encoders
+    trainer.train()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {"embedding.weight", "blocks.3.mlp.0.weight"} < changed and not any("image_tokenizer" in name for name in changed)
+    moved = {name.split(".")[0] for name, p in encoders.named_parameters() if not torch.equal(p, drawn[name])}
+    assert moved == {"shared", "unique"}
+    kept = FactorEncoders.from_pretrained(tmp_path / "encoders").state_dict()
+    assert all(torch.equal(p, kept[name]) for name, p in encoders.state_dict().items())
+
+
+def test_adapters_are_merged_by_hand():
+    """W + B A afterwards, in the same parameter, nothing of peft left; other linear maps and the generator untouched."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 2))
+    weight, start = module[0].weight, module[0].weight.detach().clone()
+    torch.manual_seed(5)
+    with adapters(module, [weight], rank=1, seed=2):
+        assert {name for name, p in module.named_parameters() if p.requires_grad} == {
+            "0.lora_A.default.weight",
+            "0.lora_B.default.weight",
+        }
+        torch.nn.init.constant_(module[0].lora_A.default.weight, 2.0)
+        module[0].lora_B.default.weight.data = torch.tensor([[1.0], [-1.0]])
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+    assert module[0].weight is weight and list(module.state_dict()) == ["0.weight", "1.weight", "1.bias"]
+    torch.testing.assert_close(weight.detach(), start + torch.tensor([[2.0] * 3, [-2.0] * 3]))
+    with pytest.raises(ValueError, match=r"hold no torch\.nn\.Linear"), adapters(module, [module[1].bias], 1):
+        pass
+
+
+def test_lora_trains_adapters_only_and_leaves_a_plain_model(model, tmp_path):
+    from transformers import TrainerCallback
+
+    before, names = weights(model), [name for name, _ in model.named_parameters()]
+
+    class Watch(TrainerCallback):
+        seen = 0
+
+        def on_step_end(self, args, state, control, **_):
+            inside = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
+            assert list(inside) == names and all(torch.equal(p, before[name]) for name, p in inside.items())
+            assert len(model.layer_parameters()) == 4 and any(p.requires_grad for p in model.layer_parameters()["block 2"])
+            self.seen += 1
+
+    watch = Watch()
+    DIVATrainer(model, config(tmp_path, lora_rank=2), DATA, callbacks=[watch]).train()
+    assert watch.seen == 6 and [name for name, _ in model.named_parameters()] == names
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {f"blocks.1.{name}.weight" for name in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")}
+    for name in changed:
+        spread = torch.linalg.svdvals((model.get_parameter(name) - before[name]).detach().double())
+        assert float(spread[2]) < 1e-6 < float(spread[0]) / 5, "of rank 2, up to rounding"
+    model.save_pretrained(tmp_path / "saved")
+    program = (
+        "import sys; sys.modules['peft'] = None; from umm_kit.models import load; "
+        f"print(float(load({str(tmp_path / 'saved')!r}, device='cpu').blocks[1].mlp[0].weight.double().sum()))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=250)
+    assert said.returncode == 0, said.stderr[-2000:]
+    assert float(said.stdout.split()[-1]) == float(model.blocks[1].mlp[0].weight.double().sum())
+
+
+def test_terms_without_gradient_and_terms_that_dominate_are_called_out(model, tmp_path, caplog):
+    """An untrained critic is silent, so the unique term is dead; a weight of 1e4 drowns the rest. Said once, logged always."""
+    settings = config(tmp_path, understanding_weight=1e4, ramp_share=0.5)
+    trainer = DIVATrainer(model, settings, DATA)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["unique_warning"] for entry in log] == [0, 0, 0, -1, -1, -1], "not before the ramp ends"
+    assert log[-1]["unique_gradient_share"] == 0 and log[-1]["unique_active"] == 0
+    assert [entry["understanding_warning"] for entry in log[3:]] == [1, 1, 1] and log[-1]["understanding_gradient_share"] > 0.9
+    assert caplog.text.count("unique hardly moves the model: 0.0 %") == 1
+    assert caplog.text.count("understanding dominates the model") == 1
+    assert log[-1]["shared_estimate"] <= log[-1]["shared_bound"] == pytest.approx(np.log(12))
+
+
 # --- stops -------------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +502,34 @@ def test_an_interrupt_in_either_stage_resumes_to_the_same_model(saved, whole, tm
     assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "encoders").exists() == (stage == 2)
     train(DIVAConfig(**options(saved, tmp_path, resume=True)))
     assert same_end(whole, tmp_path) == 0
+
+
+@pytest.mark.parametrize("options_of", ["lora", "released"])
+def test_an_interrupted_stage_two_resumes_with_adapters_and_with_encoders(saved, tmp_path, options_of):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 2 and "stage1" not in args.output_dir:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    chosen = {
+        "lora": dict(lora_rank=2, shared_weight=0.0, unique_weight=0.0),
+        "released": dict(variant="released", stage1_steps=1),
+    }
+    ends = []
+    for stops in (False, True):
+        model = load(saved, device="cpu")
+        settings = config(tmp_path / str(stops), max_steps=5, save_steps=100, **chosen[options_of])
+        if stops:
+            with pytest.raises(KeyboardInterrupt):
+                DIVATrainer(model, settings, DATA, callbacks=[Stop()]).fit()
+            model = load(saved, device="cpu")
+            settings = config(tmp_path / str(stops), max_steps=5, save_steps=100, resume=True, **chosen[options_of])
+        trainer = DIVATrainer(model, settings, DATA)
+        trainer.fit()
+        ends.append(weights(model) | (weights(trainer.encoders) if trainer.encoders is not None else {}))
+    assert all(torch.equal(p, ends[1][name]) for name, p in ends[0].items())
 
 
 def test_resuming_with_another_configuration_is_refused_by_name(saved, whole):

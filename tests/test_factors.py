@@ -99,7 +99,14 @@ def test_gated_is_the_printed_equation(tokens):
     torch.testing.assert_close(encoder(h), printed(encoder, h), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["gated", "linear"])
+def test_shallow_has_one_layer_beside_its_gate():
+    encoder, h = FactorEncoder(D, F, "shallow"), torch.randn(B, D)
+    gate = 1 / (1 + torch.exp(-h @ encoder.gate.weight.T))
+    raw = gate * (h @ encoder.phi.weight.T + encoder.phi.bias)
+    torch.testing.assert_close(encoder(h), torch.nn.functional.layer_norm(raw, (F,)))
+
+
+@pytest.mark.parametrize("kind", ["gated", "shallow", "linear"])
 def test_tokens_are_read_one_by_one(kind):
     encoder, h = FactorEncoder(D, F, kind), torch.randn(B, N, D)
     torch.testing.assert_close(encoder(h)[:, 2], encoder(h[:, 2]))
@@ -163,7 +170,7 @@ def test_unknown_flows_are_refused(given):
         encoders()(given)
 
 
-@pytest.mark.parametrize("kind", ["gated", "linear", "transformer"])
+@pytest.mark.parametrize("kind", ["gated", "shallow", "linear", "transformer"])
 def test_saved_and_loaded(kind, tmp_path):
     model, h = encoders(kind), states(tokens=True)
     model.save_pretrained(tmp_path)
@@ -237,6 +244,19 @@ def test_tokens_bias_their_own_position_in_generation_and_their_mean_in_understa
         torch.testing.assert_close(out["generation"][:, [k]], alone)
     mean = Factors(*({f: v.mean(1) for f, v in part.items()} for part in (z.shared, z.unique)))
     torch.testing.assert_close(out["understanding"], model(logits, mean)["understanding"])
+
+
+def test_words_can_take_the_place_of_a_factor():
+    model, z = readouts(), factors()
+    model.read_words()
+    first, last = model.shared["understanding"]
+    assert (first.weight.shape, last.weight.shape) == ((3, 11), (11, 3)) and not last.weight.any()
+    nn.init.normal_(last.weight)
+    words = torch.rand(B, 11)
+    expected = words @ first.weight.T @ last.weight.T
+    with_words = Factors({**z.shared, "generation": words}, z.unique)
+    torch.testing.assert_close(model.bias("understanding", with_words, unique=False)[:, 0], expected)
+    torch.testing.assert_close(model.bias("generation", with_words), model.bias("generation", z))
 
 
 def test_readout_refusals():

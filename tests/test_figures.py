@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from umm_kit import cli
-from umm_kit.figures import FIGURES, conflict_along, redraw
+from umm_kit.figures import FIGURES, conflict_along, interference_atlas, oracle_honesty, redraw
 
 
 @pytest.fixture
@@ -54,3 +54,24 @@ def test_conflict_along_draws_shallow_middle_and_deep():
     line = figure.axes[0].get_lines()[1]
     assert line.get_label() == "middle (layer 3)" and line.get_xdata().tolist() == [1, 2]
     assert line.get_ydata().tolist() == pytest.approx([0.1, 0.2])
+
+
+def test_oracle_honesty_draws_shares_and_percent():
+    kind = {"exact": 0.5, "n": 100, "silent": 0.02, "false_accept": 0.001, "n_edits": 10_000}
+    figure = oracle_honesty({"clean": kind | {"exact": 1.0}, "noise": kind})
+    points = [[float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == "o"] for ax in figure.axes]
+    assert points == [[1.0, 0.5], pytest.approx([2.0, 2.0]), pytest.approx([0.1, 0.1])]
+    low, high = figure.axes[0].lines[0].get_xdata()
+    assert low == pytest.approx(100 / (100 + 1.96**2), abs=1e-4) and high == pytest.approx(1), "Wilson's interval of 100 of 100"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["clean", "noise"]
+
+
+def test_the_atlas_shows_complete_cells_alone():
+    metrics = ("understanding_loss", "generation_loss", "understanding", "generation")
+    rows = [
+        {"width": 48, "texture": t, "seed": 1, "metric": m, "interference": 0.1, "low": 0.0, "high": 0.2}
+        for t in ("none", "high") for m in (metrics if t == "none" else metrics[:2])
+    ]  # fmt: skip
+    figure = interference_atlas(pd.DataFrame(rows))
+    assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["understanding", "generation"] * 2
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["width 48, none, 1"]

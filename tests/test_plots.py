@@ -265,3 +265,27 @@ def test_curves_refuse_what_is_no_curve(series):
         plots.curves([plots.Panel("a", "x", "y", {"s": series})])
     with pytest.raises(ValueError, match="no panels"):
         plots.curves([])
+
+
+def test_training_draws_the_terms_that_a_log_holds_with_dashed_bounds():
+    log = [{"step": k, "understanding_loss": 2.0 - k, "shared_estimate": 0.1 * k, "shared_bound": 3.0} for k in (0, 1)]
+    figure = plots.training([*log, {"step": 2, "learning_rate": 1.0}])
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["task losses", "shared factors"]
+    estimate, bound = figure.axes[1].lines
+    assert list(estimate.get_ydata()) == [0, 0.1] and bound.get_linestyle() == "--"
+    with pytest.raises(ValueError, match="no entry of the log"):
+        plots.training([{"step": 1, "loss": 3.0}])
+
+
+def test_forest_fills_what_excludes_zero_and_asks_for_equal_labels():
+    rows = [("sure", 0.2, 0.1, 0.3), ("open", 0.1, -0.1, 0.3), ("worse", -0.2, -0.3, -0.1)]
+    figure = plots.forest({"a": rows, "b": rows}, "gain", columns=1)
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b"]
+    points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert [p.get_markerfacecolor() == "white" for p in points] == [False, True, False]
+    assert [list(p.get_xdata()) for p in points] == [[0.2], [0.1], [-0.2]]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["sure", "open", "worse"]
+    for bad in ({}, {"a": []}, {"a": rows, "b": rows[:2]}):
+        with pytest.raises(ValueError, match="same labels"):
+            plots.forest(bad, "gain")

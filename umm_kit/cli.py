@@ -73,6 +73,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     model = ("model", {"metavar": "MODEL", "help": "a shipped model (see umm-kit info) or a folder"})
     split = ("--split", {"default": "test", "help": "of the data (default: %(default)s)"})
     seed = ("--seed", {"type": int, "default": 1, "help": "of data and decoding (default: %(default)s)"})
+    texture = ("--texture", {"choices": ("none", "mid", "high"), "default": "mid", "help": "of scenes (default: %(default)s)"})
     record = ("--output", {"type": Path, "metavar": "FILE.json", "help": "also write all of it, with the record of the run"})
     folder = ("--notebooks", {"default": "notebooks", "metavar": "FOLDER", "help": "(default: %(default)s)"})
 
@@ -88,12 +89,12 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     commands["train"] = subparsers.add_parser("train", help="train a model", description="train a model or a tokenizer")
     commands["train"].add_argument("what", choices=sorted(TRAINERS), help="options of one: umm-kit train masked --help")
 
-    sub = command(evaluate, model, split, seed, record)
+    sub = command(evaluate, model, split, seed, texture, record)
     sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
     sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--prompts", type=int, default=64, help="drawn per category (default: %(default)s)")
 
-    sub = command(diagnose, model, split, seed, record)
+    sub = command(diagnose, model, split, seed, texture, record)
     sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
     sub.add_argument("--n", type=int, help="anchors (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--panels", nargs="+", metavar="PANEL", help="some of gradients residual rank spectrum similarity")
@@ -101,8 +102,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw DIVA's Figure 2 of this model")
     sub.add_argument("--along", action="store_true", help="only gradient conflict, at each checkpoint that is kept in MODEL")
 
-    sub = command(audit, model, split, seed, record)
-    sub.add_argument("--texture", choices=("none", "mid", "high"), default="mid", help="(default: %(default)s)")
+    sub = command(audit, model, split, seed, texture, record)
     sub.add_argument("--n", type=int, default=2000, help="scenes (default: %(default)s)")
 
     command(check, model)
@@ -191,8 +191,11 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(f"--n is {args.n}; expected at least 1")
     if args.data not in ("shapes", "digits") and args.n is not None:
         raise ValueError("--n does not apply to a folder, which is read as a whole; leave it out")
+    if args.data != "shapes" and args.texture != "mid":
+        raise ValueError(f"--texture is of scenes, but --data is {args.data!r}; leave it out")
+    more = {"nuisance": uk.Nuisance(texture=args.texture)} if args.data == "shapes" else {}
     model, n = uk.load(args.model), args.n or (512 if args.data == "shapes" else None)
-    return model, open_data(args.data, args.split, n=n, seed=args.seed, image_size=model.image_size)
+    return model, open_data(args.data, args.split, n=n, seed=args.seed, image_size=model.image_size, **more)
 
 
 def diagnose(args: argparse.Namespace) -> int:

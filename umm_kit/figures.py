@@ -7,7 +7,7 @@ PNG and PDF without dates, so that the same numbers give the same bytes on one m
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from umm_kit import plots
 from umm_kit.models import CHECKPOINTS
+from umm_kit.statistics import wilson
 
 
 def _diagnosis(path: Path) -> Figure:
@@ -78,6 +79,62 @@ def _calibration(path: Path) -> Figure:
     return calibration(pd.DataFrame(json.loads(path.read_text())["rows"]))
 
 
+def interference_atlas(frame: pd.DataFrame) -> Figure:
+    """What the other task costs each task, by width, texture and seed: above 0 it hurts.
+
+    Args:
+        frame: as :func:`umm_kit.experiments.atlas.interference` returns it.
+    """
+    titles = {
+        "understanding_loss": "understanding: loss (nats)",
+        "generation_loss": "generation: loss (nats)",
+        "understanding": "understanding: share right",
+        "generation": "generation: share right",
+    }
+    complete = frame.groupby(["width", "texture", "seed"]).metric.transform("nunique") == frame.metric.nunique()
+    panels = {}
+    for metric, title in titles.items():
+        rows = frame[complete & (frame.metric == metric)].sort_values(["width", "texture", "seed"], ascending=[True, False, True])
+        values = zip(rows.width, rows.texture, rows.seed, rows.interference, rows.low, rows.high, strict=True)
+        panels[title] = [(f"width {w}, {t}, {s}", *effect) for w, t, s, *effect in values]
+    return plots.forest(panels, "interference", columns=2)
+
+
+def _atlas(path: Path) -> Figure:
+    from umm_kit.experiments import Ledger, atlas
+
+    return interference_atlas(atlas.interference(Ledger(path).records()))
+
+
+def oracle_honesty(pictures: Mapping[str, Mapping[str, float]]) -> Figure:
+    """How far the oracle can be trusted: pictures read without any error, prompts with one wrong attribute that it lets pass.
+
+    Intervals are Wilson's; those of accepted prompts take the prompts of one picture for independent, and are too narrow.
+
+    Args:
+        pictures: kind of damage -> shares and counts, as :func:`umm_kit.evaluation.reconstruction.audit_pictures` returns them.
+    """
+    panels = {
+        "whole picture read right": ("exact", "n", 1.0, "share"),
+        "wrong without a sign of it": ("silent", "n", 100.0, "%"),
+        "wrong prompt accepted": ("false_accept", "n_edits", 100.0, "%"),
+    }
+    figure = Figure(figsize=(8.2, 2.4), layout="constrained")
+    for ax, (title, (share, count, scale, unit)) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
+        for y, kind in enumerate(pictures.values()):
+            n = int(kind[count])
+            low, high = wilson(round(kind[share] * n), n)
+            ax.plot([scale * low, scale * high], [y, y], color="C0", linewidth=1.2)
+            ax.plot(scale * kind[share], y, "o", color="C0", markersize=4)
+        ax.set(title=title, xlabel=f"{unit} (n = {n:,})", yticks=range(len(pictures)), yticklabels=list(pictures))
+        ax.set_ylim(len(pictures) - 0.5, -0.5)
+    return figure
+
+
+def _oracle(path: Path) -> Figure:
+    return oracle_honesty(json.loads(path.read_text())["oracle"])
+
+
 def _scores(path: Path) -> Figure:
     content = json.loads(path.read_text())
     frame = pd.DataFrame(content["metrics"])
@@ -96,6 +153,7 @@ FIGURES: dict[str, tuple[Path, Callable[[Path], Figure]]] = {
     "diagnosis": (Path("data/diagnosis.json"), _diagnosis),
     "conflict_along": (Path("data/conflict_along.json"), _along),
     "mutual_information": (Path("data/mutual_information.json"), _calibration),
+    "oracle": (Path("data/oracle.json"), _oracle),
     "scores": (CHECKPOINTS / "tiny-masked/scores.json", _scores),
     "training": (CHECKPOINTS / "tiny-masked/run.json", _training),
 }

@@ -380,6 +380,78 @@ def curves(panels: Sequence[Panel], columns: int = 3, size: tuple[float, float] 
     return figure
 
 
+_TRAINING = {
+    "task losses": ("nats per token", "_loss", ("understanding", "generation")),
+    "gain of the biases": ("nats per token", "_gain", ("understanding", "generation")),
+    "orthogonality": ("loss", "_loss", ("orthogonality",)),
+    "shared factors": ("nats", "", ("shared_estimate", "shared_bound")),
+    "unique factors": ("nats", "", ("critic_estimate", "unique_contrast", "critic_bound")),
+    "who pushes": ("share of gradient norms", "_gradient_share", ("understanding", "generation", "shared", "unique")),
+}
+
+
+def training(log: Sequence[Mapping[str, Any]]) -> Figure:
+    """Terms of DIVA's losses along a training: task losses, gain of the biases, estimates with their bounds, shares of gradient.
+
+    Args:
+        log: entries with "step" and some of the terms, as ``trainer.state.log_history`` or the "log" of a run record.
+
+    Raises:
+        ValueError: no entry holds any of the terms.
+
+    Example:
+        >>> len(training([{"step": 1, "understanding_loss": 2.0}, {"step": 2, "understanding_loss": 1.0}]).axes)
+        1
+    """
+    panels = []
+    for title, (unit, end, names) in _TRAINING.items():
+        series = {}
+        for name in names:
+            if points := [(entry["step"], entry[name + end]) for entry in log if name + end in entry]:
+                series[name.replace("_", " ")] = list(zip(*points, strict=True))
+        if series:
+            bounds = [name for name in series if name.endswith("bound")]
+            panels.append(Panel(title, "step", unit, series, nulls=bounds))
+    if not panels:
+        raise ValueError("no entry of the log holds a term to draw; expected such as 'understanding_loss'")
+    return curves(panels, columns=4, size=(2.6, 2.4))
+
+
+def forest(panels: Mapping[str, Sequence[tuple[str, float, float, float]]], xlabel: str, columns: int = 3) -> Figure:
+    """Effects with their intervals, one row each and 0 marked: filled where the interval excludes 0.
+
+    Args:
+        panels: title -> rows (label, value, low, high), drawn from top to bottom; labels stand beside the first column only, so
+            every panel needs the same ones.
+
+    Raises:
+        ValueError: no panel or no row, or panels with other labels.
+
+    Example:
+        >>> len(forest({"understanding": [("diva", 0.1, 0.0, 0.2)]}, "gain").axes)
+        1
+    """
+    labels = [[row[0] for row in rows] for rows in panels.values()]
+    if not labels or not labels[0] or any(found != labels[0] for found in labels):
+        raise ValueError(f"panels have the labels {labels}; expected at least one panel and the same labels in each")
+    columns, n = min(columns, len(panels)), len(labels[0])
+    down = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1.2 + 2.1 * columns, down * (0.75 + 0.2 * n)), layout="constrained")
+    axes = figure.subplots(down, columns, squeeze=False, sharey=True)
+    for ax in axes.flat[len(panels) :]:
+        figure.delaxes(ax)
+    for ax, (title, rows) in zip(axes.flat, panels.items(), strict=False):
+        for y, (_, value, low, high) in enumerate(rows):
+            sure = low > 0 or high < 0
+            ax.plot([low, high], [y, y], color="C0", linewidth=1.2)
+            ax.plot(value, y, "o", color="C0", markersize=4, markerfacecolor="C0" if sure else "white")
+        ax.axvline(0, color="0.5", linewidth=0.8, zorder=0)
+        ax.set(title=title, yticks=range(n), yticklabels=labels[0], ylim=(n - 0.5, -0.5))
+    for ax in axes[-1]:
+        ax.set_xlabel(xlabel)
+    return figure
+
+
 def band(estimates: Sequence[Any]) -> list[Sequence[float]]:
     """A series for :class:`Panel`: x = 0, 1, 2, ..., and the values and intervals of estimates, such as one per layer."""
     parts = ([float(getattr(e, part)) for e in estimates] for part in ("value", "low", "high"))
@@ -522,3 +594,56 @@ def heat_map(values: Any, groups: Mapping[str, Sequence[Any]], label: str = "", 
         ax.text(-2.4, middle, name, ha="center", va="center", rotation=90, fontsize=TEXT_SIZE)
     ax.grid(False)
     return figure
+
+
+def gradient_arrows(scene: Any, steps: Sequence[int], shown: int = 40, size: float = 2.6) -> Figure:
+    """Points of two sets and the arrows that a term's negative gradient puts on them: one column per walk of a scene.
+
+    Circles are the first set, triangles the second; a thin line joins a pair. The grey arrow at the upper left is the scale: one
+    for all pictures, or one per walk where walks descend on different terms. With several steps there is a row for each walk and
+    a column for each step.
+
+    Args:
+        scene: :class:`umm_kit.losses.microscope.Scene`. steps: indices into its walks.
+        shown: pairs that are drawn, the first ones; all count in every number.
+
+    Raises:
+        ValueError: no step, or one that the scene does not have.
+    """
+    if not len(steps) or not all(0 <= k < len(scene.x) for k in steps):
+        raise ValueError(f"steps {list(steps)} were asked for; the scene has those from 0 to {len(scene.x) - 1}")
+    cells = [(name, walk, k) for name, walk in scene.walks.items() for k in steps]
+    columns = len(cells) if len(steps) == 1 else len(steps)
+    rows = len(cells) // columns
+    figure = Figure(figsize=(columns * size, rows * (size + 0.35) + 0.35))
+    edges = {"left": 0.06 / columns, "right": 1 - 0.06 / columns, "bottom": 0.35 / figure.get_figheight()}
+    figure.subplots_adjust(**edges, top=1 - 0.35 / figure.get_figheight(), wspace=0.05, hspace=0.16)
+    reach = 1.12 * max(float(abs(walk.points).max()) for walk in scene.walks.values())
+    longest = {name: float(np.linalg.norm(walk.arrows[:, :, :shown], axis=-1).max()) for name, walk in scene.walks.items()}
+    for ax, (name, walk, k) in zip(figure.subplots(rows, columns, squeeze=False).flat, cells, strict=True):
+        key = float(f"{max(longest.values()) if scene.one_term else longest[name]:.0e}") or 1.0
+        style: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": key / (0.45 * reach), "width": 0.006, "zorder": 3}
+        points, arrows = walk.points[:, k, :shown], walk.arrows[:, k, :shown]
+        ax.add_collection(LineCollection(list(points.transpose(1, 0, 2)), colors="0.75", linewidths=0.6))
+        for part, push, colour, marker in zip(points, arrows, ("C0", "C1"), "o^", strict=True):
+            ax.plot(*part.T, marker, color=colour, markersize=4, markeredgewidth=0)
+            ax.quiver(*part.T, *push.T, color=colour, **style)
+        ax.quiver([-0.95 * reach], [0.92 * reach], [key], [0], color="0.4", **style)
+        ax.text(-0.45 * reach, 0.92 * reach, f" {key:g}", va="center", fontsize=TEXT_SIZE - 1)
+        n, drawn = walk.points.shape[2], min(shown, walk.points.shape[2])
+        ax.set_title(f"{name}\n{scene.xlabel.partition(' (')[0]} {scene.x[k]:.2g}; {drawn} of {n} pairs", fontsize=TEXT_SIZE)
+        ax.set(xticks=[], yticks=[], xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        for spine in ax.spines.values():
+            spine.set(visible=True, color="0.8")
+    look: dict[str, Any] = {"linewidth": 0, "markersize": 5}
+    handles = [Line2D([], [], marker=m, color=f"C{i}", label=scene.sets[i], **look) for i, m in enumerate("o^")]
+    handles.append(Line2D([], [], color="0.4", marker=">", markersize=4, label=f"length of an arrow: {scene.arrow}"))
+    figure.legend(handles=handles, loc="lower center", ncols=3, fontsize=TEXT_SIZE)
+    return figure
+
+
+def readings(scene: Any, step: int | None = None) -> Figure:
+    """What was measured along a :class:`umm_kit.losses.microscope.Scene`, a panel per quantity; bounds and truths are dashed."""
+    mark = None if step is None else float(scene.x[step])
+    lines = {axis: {name: (scene.x, values) for name, values in found.items()} for axis, found in scene.readings.items()}
+    return curves([Panel("", scene.xlabel, axis, found, scene.references, mark) for axis, found in lines.items()])

@@ -62,6 +62,11 @@ ARMS: dict[str, Arm] = {
     "linear": Arm({"encoder": "linear"}),
     "transformer": Arm({"encoder": "transformer"}),
     "contiguous": Arm({"mask_layout": "contiguous"}),
+    "equalised": Arm({"equalise_gradients": True}),
+    "released": Arm({"variant": "released"}),
+    "corrected": Arm({"variant": "corrected"}),
+    "shuffled": Arm({"pairs": "shuffled"}),
+    "random_encoders": Arm({"random_encoders": True}),
     "unique_0.4": Arm({"unique_weight": 0.4}),
     "unique_0.8": Arm({"unique_weight": 0.8}),
 }

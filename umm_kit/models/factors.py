@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from umm_kit.models.base import FLOWS
 
-KINDS = ("gated", "linear", "transformer")
+KINDS = ("gated", "shallow", "linear", "transformer")
 INJECTIONS = ("crosswise", "own")
 
 
@@ -43,10 +43,12 @@ class FactorEncoder(nn.Module):
     """One factor of one flow from the states h of a layer.
 
     gated:        z = LN( sigmoid(W h) * phi(h) ),  phi a 3-layer MLP with GELU      (DIVA Eq. 5 and 13; only 13 prints LN)
+    shallow:      z = LN( sigmoid(W h) * V h )                       (the depth of the module that the authors released)
     linear:       z = LN( W h )                                                     (ablated in the paper: worse)
     transformer:  gated, on what one layer of self-attention makes of all tokens    (ablated: about equal, heavier)
 
-    The paper reads pooled states h [B, d] (mean over image tokens); gated and linear also read each token of [B, N, d] by itself.
+    The paper reads pooled states h [B, d] (mean over image tokens); all but transformer also read each token of [B, N, d]
+    by itself.
     The width of phi is our choice: d. LN has a learned scale and shift, as torch's has: a loss on z's scale can still shrink z.
 
     Args:
@@ -67,10 +69,11 @@ class FactorEncoder(nn.Module):
             raise ValueError(f"hidden_size={hidden_size}, factor_size={factor_size}; expected >= 1 and >= 2 (LN of one is 0)")
         d = self.hidden_size = hidden_size
         self.kind = kind
-        if kind == "linear":
+        if kind in ("linear", "shallow"):
             self.phi: nn.Module = nn.Linear(d, factor_size)
         else:
             self.phi = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, d), nn.GELU(), nn.Linear(d, factor_size))
+        if kind != "linear":
             self.gate = nn.Linear(d, factor_size, bias=False)
         if kind == "transformer":
             heads = math.gcd(4, d)
@@ -186,6 +189,11 @@ class Readouts(nn.Module):
         last = nn.Linear(rank, outputs, bias=False)
         nn.init.zeros_(last.weight)
         return nn.Sequential(nn.Linear(inputs, rank, bias=False), last)
+
+    def read_words(self) -> None:
+        """From now on the shared readout of U takes, instead of a factor, one number for each word of U's vocabulary."""
+        words, rank = self.shared["understanding"].get_parameter("1.weight").shape
+        self.shared["understanding"] = self._low_rank(words, rank, words)
 
     def bias(self, flow: str, factors: Factors, unique: bool = True) -> Tensor:
         """What is added to the logits of a flow: [B, 1, V], or [B, N, V] for G and token-level factors."""

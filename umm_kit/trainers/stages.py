@@ -1,9 +1,12 @@
-"""What one step of DIVA's training computes: batches for both flows, the modules of both stages, gradient projection."""
+"""What one step of DIVA's training computes: batches for both flows, the modules of both stages, how gradients are combined."""
 
 from __future__ import annotations
 
+import math
+import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +15,12 @@ from torch import Tensor, nn
 
 from umm_kit.data.shapes import Scenes, meaning_key
 from umm_kit.features import masks_by_id
-from umm_kit.losses.factorization import UniqueCritic, alignment, orthogonality
+from umm_kit.losses.factorization import ConditionalGaussian, UniqueCritic, alignment, orthogonality
 from umm_kit.models.base import MASK_RATIO, FlowOutput, token_losses
 from umm_kit.models.factors import FLOWS, FactorEncoders, Factors, Readouts
 
 if TYPE_CHECKING:
-    from umm_kit.trainers.diva import DIVAConfig
+    from umm_kit.trainers.variants import DIVAConfig
 
 
 class FlowCollator:
@@ -73,65 +76,183 @@ class Flows(nn.Module):
         return u, self.model.generation_flow({**common, "texts": batch["drawn"]}, mask=batch["mask"], layers=layers)
 
 
-def states_at(u: FlowOutput, g: FlowOutput, layer: int, rows: Tensor, pooled: bool) -> dict[str, Tensor]:
-    """States of some rows at one layer, by flow: [rows, d] (mean over image tokens) or [rows, N, d]."""
-    out = {flow: result.hidden_states[layer][rows].float() for flow, result in zip(FLOWS, (u, g), strict=True)}
-    return {flow: states.mean(1) for flow, states in out.items()} if pooled else out
+def paired(rows: Tensor, flow: str, config: DIVAConfig) -> Tensor:
+    """Rows [anchors, ...] of a flow in the order in which they meet the other's: with ``pairs="shuffled"`` U_i meets G_{i + 1}.
+
+    A rotation leaves no anchor in its place. It is within the batch of this process, and the same in both stages.
+    """
+    return rows.roll(-1, 0) if config.pairs == "shuffled" and flow == "generation" else rows
+
+
+def states_at(u: FlowOutput, g: FlowOutput, layer: int, anchor: Tensor, config: DIVAConfig) -> dict[str, Tensor]:
+    """States of the anchors at one layer by flow, in pairs: [anchors, d], the mean over image tokens, or [anchors, N, d]."""
+    states = {flow: r.hidden_states[layer][anchor].float() for flow, r in zip(FLOWS, (u, g), strict=True)}
+    return {flow: paired(h if config.encoder == "transformer" else h.mean(1), flow, config) for flow, h in states.items()}
+
+
+def pooled(factor: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of every flow [anchors, f], of tokens their mean."""
+    return {flow: z if z.ndim == 2 else z.mean(1) for flow, z in factor.items()}
+
+
+# --- terms on factors, of one layer ------------------------------------------------------------------------------------
+
+
+def shared_terms(
+    z: Factors, targets: Factors, batch: Mapping[str, Any], queues: Mapping[str, tuple[Tensor, Tensor]], config: DIVAConfig
+) -> dict[str, Tensor]:
+    """Eq. 10 in both directions, each towards the other flow's ``targets``, and what it says of their information."""
+    x, y, found = pooled(z.shared), pooled(targets.shared), []
+    for flow, other in (FLOWS, FLOWS[::-1]):
+        facts = paired(batch["facts"][batch["anchor"]], other, config) if config.mask_equal_facts else None
+        queue, queue_facts = queues.get(other, (None, None))
+        if facts is None:
+            queue_facts = None
+        found.append(alignment(x[flow], y[other], config.stop_gradient, config.temperature, facts, queue, queue_facts))
+    return {
+        "shared_loss": found[0].loss + found[1].loss,
+        "shared_estimate": (found[0].estimate + found[1].estimate).detach() / 2,
+        "shared_bound": torch.tensor((found[0].bound + found[1].bound) / 2),
+        "shared_accuracy": (found[0].accuracy + found[1].accuracy) / 2,
+    }
+
+
+class ReleasedCritic(UniqueCritic):
+    """CLUB as DIVA's authors released it: what one vector tells of another by a diagonal normal, fitted as training goes on.
+
+    See ``gaussian_scores(variant="released")``. On each batch one step of maximum likelihood, after its penalty; no buffer, and
+    no threshold: it always pushes. ``held_out`` is the InfoNCE estimate of its scores, a lower bound as with any scores.
+
+    Example:
+        >>> ReleasedCritic(2)(torch.randn(8, 2), torch.randn(8, 2), torch.arange(8)).active  # untrained
+        True
+    """
+
+    def __init__(self, size: int, seed: int = 0, learning_rate: float = 1e-3):
+        super().__init__(size, capacity=2, batch_size=2, threshold=-math.inf, seed=seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.critic = ConditionalGaussian(size, size, variant="released")  # type: ignore[assignment]
+        self.optimizer = torch.optim.AdamW(self.critic.parameters(), lr=learning_rate)
+
+    def _learn(self, x: Tensor, y: Tensor, ids: Tensor) -> None:
+        with torch.enable_grad():
+            self.optimizer.zero_grad()
+            (-self.critic(x, y).diagonal().mean() / 2).backward()  # released scores are twice a log-likelihood
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def new_critics(size: int, layers: int, config: DIVAConfig) -> list[UniqueCritic]:
+    """As many for each layer as :func:`unique_terms` takes."""
+    if config.penalty == "within":
+        return [ReleasedCritic(size, seed=config.seed + k).to(config.device) for k in range(layers * len(FLOWS))]
+    return [UniqueCritic(size, seed=config.seed + k).to(config.device) for k in range(layers)]
+
+
+def unique_terms(z: Factors, critics: Sequence[UniqueCritic], batch: Mapping[str, Any], config: DIVAConfig) -> dict[str, Tensor]:
+    """The penalty on unique factors, across flows (Eq. 7) or within each against its shared factor; sums and means of critics."""
+    shared, unique = pooled(z.shared), pooled(z.unique)
+    across = [(unique["understanding"], unique["generation"])]
+    asked = across if config.penalty == "across" else [(shared[flow], unique[flow]) for flow in FLOWS]
+    places = batch["places"][batch["anchor"]]
+    found = [critic(x, y, places) for critic, (x, y) in zip(critics, asked, strict=True)]
+    return {
+        "unique_loss": torch.stack([penalty.loss for penalty in found]).sum(),
+        "unique_contrast": torch.stack([penalty.contrast for penalty in found]).sum(),
+        "critic_estimate": torch.tensor([penalty.held_out for penalty in found]).mean(),
+        "critic_bound": torch.tensor([penalty.bound for penalty in found]).mean(),
+        "unique_active": torch.tensor([float(penalty.active) for penalty in found]).mean(),
+    }
+
+
+def orthogonality_term(z: Factors, config: DIVAConfig) -> Tensor:
+    """Eq. 9 in the chosen reading, summed over the flows."""
+    how, terms = config.orthogonality, []
+    for flow in FLOWS:
+        parts = orthogonality(z.shared[flow].flatten(0, -2), z.unique[flow].flatten(0, -2), how.replace("overlap", "batch"))
+        terms.append(parts.overlap if how == "overlap" else parts.loss)
+    return torch.stack(terms).sum()
+
+
+def bag_of_words(labels: Tensor, vocabulary: int) -> Tensor:
+    """How often each word stands in the supervised text: [B, positions], -100 elsewhere, to [B, V].
+
+    Example:
+        >>> bag_of_words(torch.tensor([[-100, 2, 0, 2]]), 3)
+        tensor([[1., 0., 2.]])
+    """
+    return nn.functional.one_hot(labels.clamp(min=0), vocabulary).mul((labels >= 0)[..., None]).sum(1).float()
 
 
 # --- stage 1 -----------------------------------------------------------------------------------------------------------
 
 
 class EncoderStage(nn.Module):
-    """Encoders and readouts around a frozen backbone, which is no submodule: no checkpoint of this stage holds it."""
+    """Encoders and readouts around a frozen backbone, which is no submodule: no checkpoint of this stage holds it.
+
+    A gain in understanding may be no more than words that z_sh^G leaks: G was shown the caption. With ``bag_of_words`` the
+    caption's words stand in for z_sh^G, behind a readout of the same rank: what ``understanding_gain`` reaches then, leaked words
+    can explain. (E_sh^G stays as it was drawn.)
+    """
 
     def __init__(self, model: Any, encoders: FactorEncoders, readouts: Readouts, layers: Sequence[int], config: DIVAConfig):
         super().__init__()
         self.encoders, self.readouts, self.layers, self.config = encoders, readouts, list(layers), config
         self._flows = (Flows(model),)
-        self.pooled = config.encoder != "transformer"
+        if config.bag_of_words:
+            readouts.read_words()
 
     def forward(self, batch: Mapping[str, Any], unique: bool) -> dict[str, Tensor]:
+        config = self.config
         with torch.no_grad():
             u, g = self._flows[0](batch, self.layers)
-        logits, labels = {"understanding": u.logits, "generation": g.logits}, {"understanding": u.labels, "generation": g.labels}
-        if u.logits is None or g.logits is None:
+        if u.logits is None or g.logits is None or u.labels is None or g.labels is None:
             raise NotImplementedError(f"{type(self._flows[0].model).__name__} has a flow without logits to put biases on (Eq. 8)")
-        out: dict[str, list[Tensor]] = {name: [] for name in ("understanding_loss", "generation_loss", "orthogonality_loss")}
+        logits = {flow: paired(s, flow, config) for flow, s in zip(FLOWS, (u.logits, g.logits), strict=True)}
+        labels = {flow: paired(s, flow, config) for flow, s in zip(FLOWS, (u.labels, g.labels), strict=True)}
+        words = paired(bag_of_words(u.labels, u.logits.shape[-1]), "generation", config) if config.bag_of_words else None
+        found: dict[str, list[Tensor]] = {}
         for layer in self.layers:
-            z = self.encoders(states_at(u, g, layer, batch["anchor"], self.pooled))
-            if unique:
-                out["orthogonality_loss"].append(self._orthogonality(z))
-            for flow, s in self.readouts(logits, z, unique).items():
-                out[f"{flow}_loss"].append(token_losses(s, labels[flow])[1].mean())
-        means = {name: torch.stack(values).mean() for name, values in out.items() if values}
-        weights = {"orthogonality_loss": self.config.orthogonality_weight}
-        loss = torch.stack([weights.get(name, 1.0) * value for name, value in means.items()]).sum()
+            z = self.encoders(states_at(u, g, layer, batch["anchor"], config))
+            terms = shared_terms(z, z, batch, {}, config) if config.stage1_alignment else {}
+            if unique and config.orthogonality_weight:
+                terms["orthogonality_loss"] = orthogonality_term(z, config)
+            read = z if words is None else Factors({**z.shared, "generation": words}, z.unique)
+            for flow, s in self.readouts(logits, read, unique).items():
+                terms[f"{flow}_loss"] = token_losses(s, labels[flow])[1].mean()
+            for name, value in terms.items():
+                found.setdefault(name, []).append(value)
+        means = {name: torch.stack(values).mean() for name, values in found.items()}
+        weights = {"orthogonality_loss": config.orthogonality_weight, "shared_loss": config.shared_weight}
+        losses = [weights.get(name, 1.0) * value for name, value in means.items() if name.endswith("_loss")]
         gains = {f"{flow}_gain": r.per_example_loss.mean() - means[f"{flow}_loss"] for flow, r in zip(FLOWS, (u, g), strict=True)}
-        return {"loss": loss, **means, **{name: value.detach() for name, value in gains.items()}}
+        return {"loss": torch.stack(losses).sum(), **means, **{name: value.detach() for name, value in gains.items()}}
 
-    def _orthogonality(self, z: Factors) -> Tensor:
-        how, terms = self.config.orthogonality, []
-        for flow in FLOWS:
-            parts = orthogonality(z.shared[flow].flatten(0, -2), z.unique[flow].flatten(0, -2), how.replace("overlap", "batch"))
-            terms.append(parts.overlap if how == "overlap" else parts.loss)
-        return torch.stack(terms).sum()
+
+# --- stage 2 -----------------------------------------------------------------------------------------------------------
 
 
 class BackboneStage(nn.Module):
-    """The backbone under native losses and the factor terms; its frozen encoders are no submodule."""
+    """The backbone under native losses and the factor terms; encoders are a submodule only if they are trained."""
 
     def __init__(self, model: Any, encoders: FactorEncoders | None, layers: Sequence[int], config: DIVAConfig):
         super().__init__()
-        self.model, self.layers, self.config = model, list(layers) if encoders is not None else [], config
-        self._flows, self._encoders = (Flows(model),), (encoders,)
-        self._no_split_modules = getattr(model, "_no_split_modules", None)
+        self.model, self.config = model, config
+        self._flows, self._no_split_modules = (Flows(model),), getattr(model, "_no_split_modules", None)
+        self.layers, self._encoders = list[int](), tuple[FactorEncoders, ...]()
+        if encoders is not None:
+            self.take(encoders, layers)
+
+    def take(self, encoders: FactorEncoders, layers: Sequence[int]) -> None:
+        """From now on with terms on these encoders' factors of these layers."""
+        self.layers, self._encoders = list(layers), (encoders.requires_grad_(self.config.train_encoders),)
+        if self.config.train_encoders:
+            self.encoders = encoders
 
     def factors(self, u: FlowOutput, g: FlowOutput, anchor: Tensor) -> list[Factors]:
         """Of the anchors, one per layer."""
-        encoders = self._encoders[0]
-        assert encoders is not None
-        return [encoders(states_at(u, g, layer, anchor, self.config.encoder != "transformer")) for layer in self.layers]
+        return [self._encoders[0](states_at(u, g, layer, anchor, self.config)) for layer in self.layers]
 
     def forward(
         self, batch: Mapping[str, Any], targets: Sequence[Factors] | None, critics: Sequence[UniqueCritic], queues: Mapping
@@ -140,32 +261,69 @@ class BackboneStage(nn.Module):
         out = {f"{flow}_loss": r.per_example_loss.mean() for flow, r in zip(FLOWS, (u, g), strict=True)}
         if not self.layers or not all(bool(torch.isfinite(loss)) for loss in out.values()):
             return out  # the trainer says what is wrong with it
-        anchor, parts = batch["anchor"], list[dict[str, Tensor]]()
-        facts = batch["facts"][anchor] if self.config.mask_equal_facts else None
-        for k, z in enumerate(self.factors(u, g, anchor)):
+        parts, each = list[dict[str, Tensor]](), len(critics) // len(self.layers)
+        for k, z in enumerate(self.factors(u, g, batch["anchor"])):
             part: dict[str, Tensor] = {}
-            pooled = [{flow: v if v.ndim == 2 else v.mean(1) for flow, v in f.items()} for f in (z.shared, z.unique)]
-            goal = pooled[0] if targets is None else {f: v if v.ndim == 2 else v.mean(1) for f, v in targets[k].shared.items()}
             if self.config.shared_weight:
-                found = []
-                for flow, other in (FLOWS, FLOWS[::-1]):
-                    more = {"queue": queues[k, other][0], "queue_facts": queues[k, other][1]} if (k, other) in queues else {}
-                    if facts is None:
-                        more.pop("queue_facts", None)
-                    how = (self.config.stop_gradient, self.config.temperature, facts)
-                    found.append(alignment(pooled[0][flow], goal[other], *how, **more))
-                part["shared_loss"] = found[0].loss + found[1].loss
-                part["shared_estimate"] = (found[0].estimate + found[1].estimate).detach() / 2
-                part["shared_bound"] = torch.tensor((found[0].bound + found[1].bound) / 2)
-                part["shared_accuracy"] = (found[0].accuracy + found[1].accuracy) / 2
+                queue = {flow: queues[k, flow] for flow in FLOWS if (k, flow) in queues}
+                part |= shared_terms(z, z if targets is None else targets[k], batch, queue, self.config)
             if self.config.unique_weight:
-                penalty = critics[k](pooled[1]["understanding"], pooled[1]["generation"], batch["places"][anchor])
-                part |= {"unique_loss": penalty.loss, "unique_contrast": penalty.contrast}
-                part |= {"critic_estimate": torch.tensor(penalty.held_out), "critic_bound": torch.tensor(penalty.bound)}
-                part["unique_active"] = torch.tensor(float(penalty.active))
+                part |= unique_terms(z, critics[k * each : (k + 1) * each], batch, self.config)
+            if self.config.stage2_orthogonality_weight:
+                part["orthogonality_loss"] = orthogonality_term(z, self.config)
             parts.append(part)
         out |= {name: torch.stack([part[name].to(u.loss.device) for part in parts]).mean() for name in parts[0]}
         return out
+
+
+@contextmanager
+def adapters(model: nn.Module, parameters: Iterable[nn.Parameter], rank: int, seed: int = 0) -> Iterator[None]:
+    """LoRA (Hu et al. 2022): W + B A of low rank in the place of each linear map W among the parameters, and only A, B trained.
+
+    peft puts them into the model, which keeps its shape; afterwards they are added to the weights and gone. B starts at zero. The
+    scale of B A is 1.
+
+    Raises:
+        ValueError: none of the parameters is the weight of a linear map.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    wanted = {id(p) for p in parameters}
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
+    if not names:
+        raise ValueError("lora_rank is above 0, but the trained layers hold no torch.nn.Linear; train full weights instead")
+    with torch.random.fork_rng(devices=[]):  # the same start in a run that is resumed, and on all processes
+        torch.manual_seed(seed)
+        exactly = "|".join(re.escape(name) for name in names)  # peft takes a list for endings of names
+        settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly)
+        tuner = LoraModel(model, {"default": settings}, "default")  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        tuner.merge_and_unload()
+
+
+# --- gradients of two tasks --------------------------------------------------------------------------------------------
+
+
+def norm_of(gradient: Iterable[Tensor | None]) -> float:
+    """Euclidean norm of all tensors together; None is zero."""
+    return math.sqrt(sum(float(part.float().square().sum()) for part in gradient if part is not None))
+
+
+def equalising(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> tuple[float, float]:
+    """Factors that bring two gradients to the mean of their norms: (m / |a|, m / |b|) with m = (|a| + |b|) / 2.
+
+    (1, 1) if either is zero: there is nothing to balance.
+
+    Example:
+        >>> equalising([torch.tensor([3.0, 4.0])], [torch.tensor([0.0, 15.0])])
+        (2.0, 0.6666666666666666)
+    """
+    norms = norm_of(first), norm_of(second)
+    mean = sum(norms) / 2
+    return (mean / norms[0], mean / norms[1]) if min(norms) > 0 else (1.0, 1.0)
 
 
 def projected(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Iterator[Tensor | None]:

@@ -133,3 +133,6 @@ def layer_explorer(
         control.observe(draw, "value")
     draw()
     return ipywidgets.VBox([layer, item, picture, said])
+
+
+from umm_kit.widgets.microscope import loss_microscope as loss_microscope  # noqa: E402  (it needs png, from above)

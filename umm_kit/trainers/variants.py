@@ -1,0 +1,186 @@
+"""Configuration of DIVA, and what changes with its variant: the paper, the code its authors published, our corrections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from umm_kit.models.factors import INJECTIONS, KINDS
+from umm_kit.trainers.base import UMMArguments
+
+PENALTIES = ("across", "within")
+PAIRS = ("true", "shuffled")
+
+# fmt: off
+_VARIED = {
+    #                               paper        released     corrected
+    "injection":                   ("crosswise", "own",       "crosswise"),
+    "penalty":                     ("across",    "within",    "across"),
+    "encoder":                     ("gated",     "shallow",   "gated"),
+    "rank":                        (24,          64,          24),
+    "single_layer":                (False,       True,        False),
+    "train_all_layers":            (False,       True,        False),
+    "train_encoders":              (False,       True,        False),
+    "stage1_alignment":            (False,       True,        False),
+    "orthogonality_weight":        (0.2,         0.0,         0.2),
+    "stage2_orthogonality_weight": (0.0,         0.1,         0.0),
+    "orthogonality":               ("batch",     "batch",     "overlap"),
+    "mask_equal_facts":            (False,       False,       True),
+    "queue":                       (0,           0,           256),
+    "ema_decay":                   (0.999,       0.0,         0.999),
+}
+# fmt: on
+#: variant -> option -> value, for options that were not chosen
+VARIANTS: dict[str, dict[str, Any]] = {
+    name: {option: values[k] for option, values in _VARIED.items()} for k, name in enumerate(("paper", "released", "corrected"))
+}
+
+
+def _varied(text: str) -> Any:
+    """A field that :data:`VARIANTS` fills unless it is chosen; its type is that of the values there."""
+    return field(default=None, metadata={"help": f"{text} By default the variant's."})
+
+
+@dataclass
+class DIVAConfig(UMMArguments):
+    """Configuration of :class:`DIVATrainer`; defaults are the paper's for Show-o (Tables 7, 8), its layers 8-18 of 24 scaled.
+
+    The paper does not state factor_size, temperature, ramp_share and replay_every. Its batch is 6 on each of 8 GPUs, 12 times
+    accumulated; a batch of 6 alone would bound InfoNCE by log 6 = 1.8 nats.
+
+    ``variant`` sets the options of :data:`VARIANTS` that were not chosen, and nothing else:
+
+    - "paper": the formulas as printed.
+    - "released": the training script that its authors published and withdrew (2234dba, which does not parse). Biases from the
+      flow's own shared factor; CLUB between shared and unique factor *within* each flow instead of NCE-CLUB between unique ones
+      across flows; encoders with one layer beside the gate, trained in both stages; InfoNCE in stage 1, orthogonality (.1) in
+      stage 2 only; one layer, 16 of 24; every parameter of the backbone trained; rank 64, cut to what factors and vocabularies
+      allow; no averaged copy. It departs from that script where this kit has no other way: factors read the mean over *image*
+      tokens, not over all; ramps, schedule, InfoNCE's temperature and weights, CLUB's networks, and stage 1's first half without
+      unique factors are the paper's or ours.
+    - "corrected": the paper, but orthogonality without scale (Eq. 9 as printed grows with the fourth power of the factors' scale:
+      it starts at a hundred times the task losses, and shrinking factors satisfies it); pairs that say the same are no negatives
+      of each other (in a small world many do); targets of earlier batches are negatives too (log 48 bounds what 48 anchors can
+      show). What Eq. 7 needs to mean anything, a critic that keeps learning and is silent below .1 nats on pairs new to it, is
+      in "paper" as well; the CLUB of "released" always pushes.
+    """
+
+    output_dir: str | None = "runs/diva"
+    model: str = field(default="tiny-masked", metadata={"help": "The model to post-train."})
+    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
+    variant: str = field(default="paper", metadata={"help": "'paper', 'released' or 'corrected'."})
+    stage1_steps: int = 2000
+    stage1_learning_rate: float = 2e-4
+    stage1_warmup_steps: int = 200
+    shared_only: float = field(default=0.5, metadata={"help": "Share of stage 1 before the unique factors join."})
+    stage1_alignment: bool = _varied("InfoNCE between shared factors in stage 1 too, at shared_weight.")
+    orthogonality_weight: float = _varied("In stage 1.")
+    stage2_orthogonality_weight: float = _varied("In stage 2.")
+    orthogonality: str = _varied("Reading of Eq. 9: 'batch' or 'sample'; 'overlap': free of scale, in [0, 1].")
+    factor_size: int = 64
+    encoder: str = _varied("'gated', 'shallow', 'linear' or 'transformer' (then on tokens, not pooled).")
+    rank: int = _varied("Of the readouts; cut to what factors and vocabularies allow.")
+    injection: str = _varied("'crosswise' or 'own', see Readouts.")
+    layers: list[int] = field(default_factory=list, metadata={"help": "Layers to factorize and train; empty: the middle ones."})
+    single_layer: bool = _varied("With no layers chosen, one at two thirds of the depth instead of all middle ones.")
+    train_all_layers: bool = _varied("Stage 2 trains all parameters, not only the middle.")
+    train_encoders: bool = _varied("Stage 2 trains the encoders too.")
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "Above 0, train adapters of this rank on the linear maps of the trained layers, merged at the end."},
+    )
+    shared_weight: float = 0.6
+    unique_weight: float = 0.6
+    penalty: str = _varied("On unique factors: 'across' flows (NCE-CLUB, Eq. 7) or 'within' each (CLUB as released).")
+    ramp_share: float = field(default=0.5, metadata={"help": "Share of stage 2 in which factor terms rise linearly from 0."})
+    understanding_weight: float = 1.0
+    generation_weight: float = 1.0
+    equalise_gradients: bool = field(
+        default=False, metadata={"help": "Scale both task gradients to the mean of their norms before weights and sum."}
+    )
+    stop_gradient: bool = field(default=True, metadata={"help": "Alignment is directed (Eq. 10); False: symmetric."})
+    temperature: float = 0.1
+    mask_equal_facts: bool = _varied("Pairs that say the same are no negatives of each other.")
+    queue: int = _varied("Targets of earlier batches kept as further negatives (directed only).")
+    replay_every: int = field(
+        default=4,
+        metadata={"help": "Every how many-th example is a question and a full-mask drawing instead of an anchor; 0: none."},
+    )
+    mask_layout: str = "dispersed"
+    pairs: str = field(
+        default="true", metadata={"help": "'shuffled' is a control: all of DIVA sees U of one anchor with G of the next."}
+    )
+    random_encoders: bool = field(default=False, metadata={"help": "A control: no stage 1, encoders stay as they were drawn."})
+    bag_of_words: bool = field(
+        default=False, metadata={"help": "A control of stage 1: U's shared bias reads the words that G was shown, not z_sh^G."}
+    )
+    ema_role: str = field(
+        default="targets", metadata={"help": "Averaged weights give the alignment's 'targets' (paper), or the final 'weights'."}
+    )
+    project_conflicts: bool = field(default=False, metadata={"help": "PCGrad between the two task losses (a baseline)."})
+    max_steps: int = 12_000
+    per_device_train_batch_size: int = 64
+    learning_rate: float = 3e-5
+    warmup_steps: float = 800
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.01
+    muon: bool = False
+    ema_decay: float = _varied("Decay of the averaged weights; 0 is off.")
+    save_steps: float = 500
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant is {self.variant!r}; expected one of {tuple(VARIANTS)}")
+        for name, value in VARIANTS[self.variant].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        expected = {
+            "ema_role": ("targets", "weights"), "orthogonality": ("batch", "sample", "overlap"), "penalty": PENALTIES,
+            "pairs": PAIRS, "injection": INJECTIONS, "encoder": KINDS,
+        }  # fmt: skip
+        for name, known in expected.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}")
+        for name in ("shared_only", "ramp_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
+        weights = ("shared_weight", "unique_weight", "orthogonality_weight", "stage2_orthogonality_weight")
+        weights += ("understanding_weight", "generation_weight", "lora_rank", "queue")  # type: ignore[assignment]
+        if negative := [name for name in weights if getattr(self, name) < 0]:
+            raise ValueError(f"{negative} are negative; expected at least 0")
+        if self.replay_every == 1 or self.replay_every < 0:
+            raise ValueError(f"replay_every is {self.replay_every}; expected 0 (no replay) or at least 2")
+        if self.replay_every and self.per_device_train_batch_size % self.replay_every:
+            raise ValueError(
+                f"per_device_train_batch_size {self.per_device_train_batch_size} is not a multiple of replay_every "
+                f"{self.replay_every}; every batch needs as many anchors as the others"
+            )
+        if self.queue and not self.stop_gradient:
+            raise ValueError(f"queue is {self.queue}, but without stop_gradient the alignment is symmetric and takes no queue")
+        against = {
+            ("random_encoders", "train_encoders"): "the first keeps encoders as they were drawn",
+            ("equalise_gradients", "project_conflicts"): "they are two ways to combine the task gradients",
+        }
+        for (one, other), why in against.items():
+            if getattr(self, one) and getattr(self, other):
+                raise ValueError(f"{one} and {other} are both on, but {why}; choose one")
+        if self.bag_of_words and self.injection != "crosswise":
+            raise ValueError(f"bag_of_words stands for what crosswise injection leaks, but injection is {self.injection!r}")
+        super().__post_init__()
+
+    @property
+    def factors(self) -> bool:
+        """Whether stage 2 has any term between flows; fine-tuning without one needs no encoders."""
+        return self.shared_weight > 0 or self.unique_weight > 0
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> DIVAConfig:
+        """Minutes on a laptop, for 4 to 12 layers: fewer steps at higher rates, a rank fit for a small vocabulary, and the
+        orthogonality without scale (Eq. 9 as printed starts at a hundred times the task losses). Options in which another
+        variant differs from the paper stay as that variant has them."""
+        small: dict[str, Any] = dict(stage1_steps=200, stage1_learning_rate=1e-3, stage1_warmup_steps=20, rank=8, factor_size=32)
+        small |= dict(orthogonality="overlap")
+        small |= dict(max_steps=300, learning_rate=3e-4, warmup_steps=30, ema_decay=0.99, save_steps=100)
+        paper, chosen = VARIANTS["paper"], VARIANTS.get(changes.get("variant", "paper"), {})
+        small = {name: value for name, value in small.items() if chosen.get(name) == paper.get(name)}
+        return cls(**{**small, **changes})
