@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -421,7 +422,9 @@ def test_lora_trains_adapters_only_and_leaves_a_plain_model(model, tmp_path):
             self.seen += 1
 
     watch = Watch()
-    DIVATrainer(model, config(tmp_path, lora_rank=2), DATA, callbacks=[watch]).train()
+    trainer = DIVATrainer(model, config(tmp_path, lora_rank=2), DATA)
+    trainer.add_callback(watch)  # of stage 2 alone
+    trainer.train()
     assert watch.seen == 6 and [name for name, _ in model.named_parameters()] == names
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {f"blocks.1.{name}.weight" for name in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")}
@@ -436,6 +439,20 @@ def test_lora_trains_adapters_only_and_leaves_a_plain_model(model, tmp_path):
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=250)
     assert said.returncode == 0, said.stderr[-2000:]
     assert float(said.stdout.split()[-1]) == float(model.blocks[1].mlp[0].weight.double().sum())
+
+
+def test_callbacks_that_are_given_hear_of_both_stages(model, tmp_path):
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        steps: ClassVar[list[str]] = []
+
+        def on_step_end(self, args, state, control, **_):
+            self.steps.append("stage 1" if args.output_dir.endswith("stage1") else "stage 2")
+
+    settings = config(tmp_path)
+    DIVATrainer(model, settings, DATA, callbacks=[Watch()]).train()
+    assert Watch.steps == ["stage 1"] * settings.stage1_steps + ["stage 2"] * settings.max_steps
 
 
 def test_terms_without_gradient_and_terms_that_dominate_are_called_out(model, tmp_path, caplog):
