@@ -27,7 +27,7 @@ UNFINISHED = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')
 
 @pytest.fixture
 def lab(request, root, tmp_path):
-    """The address of one notebook in a JupyterLab of its own, at the tiny preset, in a copy of the notebook and its style.
+    """The address of one notebook in a JupyterLab of its own, at the tiny preset, in a copy with style and records.
 
     Ask for it by ``@pytest.mark.parametrize("lab", ["00_start_here"], indirect=True)``.
     """
@@ -35,7 +35,8 @@ def lab(request, root, tmp_path):
     (tmp_path / "notebooks").mkdir()
     notebook = jupytext.read(root / f"notebooks/source/{name}.py")
     nbformat.write(notebook, tmp_path / f"notebooks/{name}.ipynb")
-    shutil.copytree(root / "figures", tmp_path / "figures")
+    for folder in ("figures", "experiments"):
+        shutil.copytree(root / folder, tmp_path / folder)
     settings = tmp_path / "settings/@jupyterlab/notebook-extension"
     settings.mkdir(parents=True)
     # Cells outside the window stay in the page, so that the page itself tells which have run.
