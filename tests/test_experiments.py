@@ -46,7 +46,8 @@ def test_endpoints_are_the_same_twice_and_one_per_item(found):
 
 
 def made(task, items, diagnosis=None, **cell):
-    record = {"name": f"{cell}{task}", "task": task, "items": items, "width": 48, "texture": "none", "seed": 1, **cell}
+    record = {"name": f"{cell}{task}", "task": task, "items": items, "width": 48, "texture": "none", "every": 4, "steps": 1600}
+    record |= {"seed": 1, **cell}
     return record | ({"diagnosis": diagnosis} if diagnosis else {})
 
 

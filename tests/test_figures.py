@@ -69,9 +69,9 @@ def test_oracle_honesty_draws_shares_and_percent():
 def test_the_atlas_shows_complete_cells_alone():
     metrics = ("understanding_loss", "generation_loss", "understanding", "generation")
     rows = [
-        {"width": 48, "texture": t, "seed": 1, "metric": m, "interference": 0.1, "low": 0.0, "high": 0.2}
+        dict(width=48, texture=t, every=4, steps=1600, seed=1, metric=m, interference=0.1, low=0.0, high=0.2)
         for t in ("none", "high") for m in (metrics if t == "none" else metrics[:2])
     ]  # fmt: skip
     figure = interference_atlas(pd.DataFrame(rows))
     assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["understanding", "generation"] * 2
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["width 48, none, 1"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["width 48, none, 1 in 4, 1,600 steps, 1"]

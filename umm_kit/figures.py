@@ -91,12 +91,13 @@ def interference_atlas(frame: pd.DataFrame) -> Figure:
         "understanding": "understanding: share right",
         "generation": "generation: share right",
     }
-    complete = frame.groupby(["width", "texture", "seed"]).metric.transform("nunique") == frame.metric.nunique()
+    order = ["width", "texture", "every", "steps", "seed"]
+    complete = frame.groupby(order).metric.transform("nunique") == frame.metric.nunique()
     panels = {}
     for metric, title in titles.items():
-        rows = frame[complete & (frame.metric == metric)].sort_values(["width", "texture", "seed"], ascending=[True, False, True])
-        values = zip(rows.width, rows.texture, rows.seed, rows.interference, rows.low, rows.high, strict=True)
-        panels[title] = [(f"width {w}, {t}, {s}", *effect) for w, t, s, *effect in values]
+        rows = frame[complete & (frame.metric == metric)].sort_values(order, ascending=[True, False, False, True, True])
+        values = rows[[*order, "interference", "low", "high"]].itertuples(index=False)
+        panels[title] = [(f"width {w}, {t}, 1 in {e}, {n:,} steps, {s}", *effect) for w, t, e, n, s, *effect in values]
     return plots.forest(panels, "interference", columns=2)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +39,40 @@ SERIES = ["panel", "series", "layer", "value", "low", "high"]  # of a diagnosis,
 
 
 @dataclass(frozen=True)
+class Cell:
+    """One place of the grid: what the three models of a seed have in common."""
+
+    width: int
+    texture: str
+    every: int = 4  # understanding sees every so many-th of the pictures that drawing sees
+    steps: int = 1600
+
+    def __str__(self) -> str:
+        return f"width {self.width}, {self.texture} texture, every {self.every}, {self.steps} steps"
+
+
+CELL = [f.name for f in fields(Cell)]
+
+
+@dataclass(frozen=True)
 class Preset:
     """The grid and the sizes of one run of the atlas."""
 
-    widths: tuple[int, ...] = (48, 96)
-    textures: tuple[str, ...] = ("none", "high")
+    cells: tuple[Cell, ...]
     seeds: tuple[int, ...] = (100, 101)
     layers: int = 4
     heads: int = 2
-    understanding_every: int = 4  # drawing is the slower to learn, and is shown every picture
-    steps: int = 1600
     n: int = 512
     n_prompts: int = 64
 
-    def runs(self) -> Iterator[tuple[int, str, int, str]]:
-        """(width, texture, seed, task), the runs of one cell beside each other."""
-        return itertools.product(self.widths, self.textures, self.seeds, TASKS)
+    def runs(self) -> Iterator[tuple[Cell, int, str]]:
+        """(cell, seed, task), the runs of one cell beside each other."""
+        return itertools.product(self.cells, self.seeds, TASKS)
 
 
 PRESETS = {
-    "full": Preset(),
-    "tiny": Preset(widths=(32,), textures=("none",), seeds=(100, 101), layers=2, steps=4, n=16, n_prompts=2),
+    "full": Preset((Cell(48, "none", every=1), *(Cell(w, t) for w in (48, 96) for t in ("none", "high")))),
+    "tiny": Preset((Cell(32, "none", steps=4),), layers=2, n=16, n_prompts=2),
 }
 
 
@@ -69,29 +82,29 @@ def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, i
     tokenizer = folder / "image_tokenizer"
     if not (tokenizer / "config.json").exists():
         load("tiny-masked", device="cpu").image_tokenizer.save_pretrained(tokenizer)
-    title = "width {}, {} texture, seed {}, {}".format
-    for width, texture, seed, task in mine(list(chosen.runs()), part, lambda run: title(*run) in ledger.records()):
+    title = "{}, seed {}, {}".format
+    for cell, seed, task in mine(list(chosen.runs()), part, lambda run: title(*run) in ledger.records()):
         understanding, generation = TASKS[task]
         config = PretrainConfig(
-            output_dir=str(folder / f"{width}-{texture}-{seed}-{task}"), image_tokenizer=str(tokenizer), resume=True,
-            hidden_size=width, num_layers=chosen.layers, num_heads=chosen.heads, max_steps=chosen.steps,
-            warmup_steps=min(100, chosen.steps // 4), texture=texture, seed=seed, asymmetric=True, eval_strategy="no",
-            disable_tqdm=True, understanding_every=chosen.understanding_every,
+            output_dir=str(folder / title(cell, seed, task).replace(", ", "-").replace(" ", "_")),
+            image_tokenizer=str(tokenizer), resume=True, hidden_size=cell.width, num_layers=chosen.layers,
+            num_heads=chosen.heads, max_steps=cell.steps, warmup_steps=min(100, cell.steps // 4), texture=cell.texture,
+            seed=seed, asymmetric=True, eval_strategy="no", disable_tqdm=True, understanding_every=cell.every,
             understanding_weight=understanding, generation_weight=generation,
         )  # fmt: skip
         model = train(config).eval()
-        data = Shapes("validation", n=256, seed=seed, nuisance=Nuisance(texture=texture), without=ASYMMETRIC)
+        data = Shapes("validation", n=256, seed=seed, nuisance=Nuisance(texture=cell.texture), without=ASYMMETRIC)
         content: dict[str, Any] = {
-            "width": width, "texture": texture, "seed": seed, "task": task, "layers": chosen.layers, "steps": chosen.steps,
+            **asdict(cell), "seed": seed, "task": task, "layers": chosen.layers,
             "parameters": model.num_parameters(only_trainable=True),
-            "items": endpoints(model, "validation", chosen.n, chosen.n_prompts, 100, texture, progress=False),
+            "items": endpoints(model, "validation", chosen.n, chosen.n_prompts, 100, cell.texture, progress=False),
         }  # fmt: skip
         if task == "joint":
             found = diagnose(model, data, mask_ratios=(0.4,), seed=seed, progress=False).frame
             content["diagnosis"] = (
                 found[["panel", "series", "layer", "value", "low", "high"]].round(5).to_dict("split", index=False)
             )
-        ledger.add(title(width, texture, seed, task), content)
+        ledger.add(title(cell, seed, task), content)
     return summary(ledger.records())
 
 
@@ -110,26 +123,30 @@ def interference(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     rows = []
     cells: dict[tuple, dict[str, Mapping[str, Any]]] = {}
     for record in records.values():
-        cells.setdefault((record["width"], record["texture"], record["seed"]), {})[record["task"]] = record
-    for (width, texture, seed), models in sorted(cells.items()):
+        cells.setdefault(_place(record), {})[record["task"]] = record
+    for place, models in sorted(cells.items()):
         for task, metrics in METRICS.items():
             for metric in metrics if {task, "joint"} <= set(models) else ():
                 alone, joint = (np.array(models[which]["items"][metric]) for which in (task, "joint"))
                 pair = (joint, alone) if metric.endswith("_loss") else (alone, joint)
                 d = paired_difference(*pair)
-                rows.append((width, texture, seed, task, metric, alone.mean(), joint.mean(), d.value, d.low, d.high, d.n))
-    columns = ["width", "texture", "seed", "task", "metric", "alone", "joint", "interference", "low", "high", "n"]
+                rows.append((*place, task, metric, alone.mean(), joint.mean(), d.value, d.low, d.high, d.n))
+    columns = [*CELL, "seed", "task", "metric", "alone", "joint", "interference", "low", "high", "n"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _place(record: Mapping[str, Any]) -> tuple:
+    return tuple(record[name] for name in [*CELL, "seed"])
 
 
 def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     """Of each cell: does each task hurt the other? By the rule fixed before the runs: *yes* if the interval of the loss
     interference lies above 0 in every seed, *no* if below 0 in every seed, else *undecided*."""
     rows = []
-    for (width, texture), cell in frame.groupby(["width", "texture"]):
-        row: dict[str, Any] = {"width": width, "texture": texture}
+    for cell, group in frame.groupby(CELL):
+        row: dict[str, Any] = dict(zip(CELL, cell, strict=True))
         for task, (metric, *_) in METRICS.items():
-            mine = cell[cell.metric == metric]
+            mine = group[group.metric == metric]
             row[task] = "yes" if (mine.low > 0).all() else "no" if (mine.high < 0).all() else "undecided"
         rows.append(row)
     return pd.DataFrame(rows)
@@ -149,8 +166,8 @@ def predictors(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         means.append(found.groupby(["panel", "series"]).value.mean())
     rows = []
     for task, (metric, *_) in METRICS.items():
-        mine = frame[frame.metric == metric].set_index(["width", "texture", "seed"]).interference
-        y = np.array([mine.get((r["width"], r["texture"], r["seed"]), np.nan) for r in joint])
+        mine = frame[frame.metric == metric].set_index([*CELL, "seed"]).interference
+        y = np.array([mine.get(_place(r), np.nan) for r in joint])
         for panel, series in sorted(set().union(*(m.index for m in means))):
             x = np.array([m.get((panel, series), np.nan) for m in means])
             seen = np.isfinite(x) & np.isfinite(y)
