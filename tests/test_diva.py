@@ -196,6 +196,40 @@ def test_without_factor_terms_it_is_fine_tuning(model, tmp_path):
     assert "embedding.weight" in changed and not any(name.startswith("image_tokenizer") for name in changed)
 
 
+def test_reconstruction_draws_from_states_and_not_from_words(model, tmp_path):
+    """By hand: states of blocks of 2 x 2 tokens, normalised, between an empty text and an image of which all is hidden."""
+    stage, batch = BackboneStage(model, None, [], config(tmp_path, reconstruction_weight=1.0)), batch_of(model)
+    loss = stage(batch, None, [], {})["reconstruction_loss"]
+    codes = model.image_tokenizer.encode(batch["images"])
+    shown = {"images": batch["images"], "ids": batch["ids"], "texts": ["a"] * len(codes)}
+    u = model.understanding_flow(shown, layers=[2])
+    h = u.hidden_states[2].detach().unflatten(1, model.grid)
+    rows = torch.stack([h[:, r : r + 2, c : c + 2].mean((1, 2)) for r in range(0, 8, 2) for c in range(0, 8, 2)], 1)
+    rows = (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    condition = rows / model.hidden_size**0.5
+    ids = model.pack_captions([""] * len(codes))
+    hidden = model._generation(codes, torch.ones_like(codes, dtype=torch.bool), ids, condition=condition)[0]
+    wanted = torch.nn.functional.cross_entropy(model.image_head(hidden).flatten(0, 1), codes.flatten())
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+    other = {**batch, "said": batch["said"][::-1], "drawn": batch["drawn"][::-1]}
+    assert float(stage(other, None, [], {})["reconstruction_loss"]) == float(loss), "no caption is read"
+    turned = {**batch, "images": batch["images"].flip(3)}
+    assert abs(float(stage(turned, None, [], {})["reconstruction_loss"]) - float(loss)) > 1e-4
+
+
+def test_reconstruction_is_trained_beside_the_native_losses(saved, tmp_path):
+    trained = []
+    for weight in (0.0, 1.0):
+        model = load(saved, device="cpu")
+        options = dict(shared_weight=0.0, unique_weight=0.0, ema_decay=0.0, reconstruction_weight=weight)
+        trainer = DIVATrainer(model, config(tmp_path / str(weight), **options), DATA)
+        trainer.train()
+        trained.append(torch.cat([p.detach().flatten() for p in model.blocks[1].parameters()]))
+        logged = [entry for entry in trainer.state.log_history if "reconstruction_loss" in entry]
+        assert bool(logged) == bool(weight)
+    assert not torch.equal(*trained)
+
+
 def test_projected_by_hand():
     """Opposed gradients lose what is against each other; agreeing ones are added; a missing one changes nothing."""
     a, b = [torch.tensor([1.0, 0.0]), torch.tensor([2.0])], [torch.tensor([-1.0, 1.0]), None]

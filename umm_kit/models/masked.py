@@ -274,17 +274,22 @@ class MaskedUMM(PreTrainedModel):
         return hidden[:, start:], states
 
     def _generation(
-        self, codes: Tensor, mask: Tensor, ids: Tensor, layers: Sequence[int] = ()
+        self, codes: Tensor, mask: Tensor, ids: Tensor, layers: Sequence[int] = (), condition: Tensor | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Final states at the image positions [B, N, d], and image states per layer. ``mask`` [B, N] hides codes."""
-        b, t = ids.shape
+        """Final states at the image positions [B, N, d], and image states per layer. ``mask`` [B, N] hides codes.
+
+        ``condition`` [B, C, d] stands between text and image.
+        """
+        b, words = ids.shape
+        between = [] if condition is None else [condition]
         shown = torch.where(mask, self.codebook_size, codes)
-        x = torch.cat([self._embed_text(ids, torch.arange(t, device=ids.device)), self._embed_image(shown)], 1)
-        total = x.shape[1]
+        parts = [self._embed_text(ids, torch.arange(words, device=ids.device)), *between, self._embed_image(shown)]
+        x = torch.cat(parts, 1)
+        total, t = x.shape[1], x.shape[1] - shown.shape[1]
         causal = torch.ones(total, total, dtype=torch.bool, device=ids.device).tril()
         causal[t:, t:] = True
         allowed = causal.expand(b, -1, -1).clone()
-        allowed[:, :, :t] &= (ids != self._special("<pad>"))[:, None, :]
+        allowed[:, :, :words] &= (ids != self._special("<pad>"))[:, None, :]
         hidden, states = self._blocks(x, allowed, slice(t, total), layers)
         return hidden[:, t:], states
 
@@ -351,13 +356,17 @@ class MaskedUMM(PreTrainedModel):
         layers: Sequence[int] | None = None,
         mask: Tensor | None = None,
     ) -> FlowOutput:
-        """Caption and partly hidden image in, hidden codes as target: masked-token loss (DIVA Sec. 3.1)."""
+        """Caption and partly hidden image in, hidden codes as target: masked-token loss (DIVA Sec. 3.1).
+
+        ``batch["condition"]`` [B, C, d], where there, are vectors to draw by beside the caption, such as states of an image.
+        """
         check_batch(batch)
         codes = self._codes(batch)
         mask = choose_mask(mask, len(codes), self.grid, mask_ratio, mask_layout, generator).to(self.device)
         hidden, states = self._generation(
-            codes, mask, self.pack_captions(batch["texts"]).to(self.device), as_layers(layers, self.num_layers)
-        )
+            codes, mask, self.pack_captions(batch["texts"]).to(self.device), as_layers(layers, self.num_layers),
+            batch.get("condition"),
+        )  # fmt: skip
         logits = self.image_head(hidden)
         labels = torch.where(mask, codes, IGNORE)
         loss, per_example = token_losses(logits, labels)

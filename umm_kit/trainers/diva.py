@@ -221,6 +221,7 @@ class DIVATrainer(UMMTrainer):
         weights = {
             "understanding_loss": config.understanding_weight * float(terms.get("understanding_scale", 1)),
             "generation_loss": config.generation_weight * float(terms.get("generation_scale", 1)),
+            "reconstruction_loss": config.reconstruction_weight,
             "shared_loss": ramp * config.shared_weight, "unique_loss": ramp * config.unique_weight,
             "orthogonality_loss": ramp * config.stage2_orthogonality_weight,
         }  # fmt: skip

@@ -70,10 +70,26 @@ class Flows(nn.Module):
 
     def forward(self, batch: Mapping[str, Any], layers: Sequence[int]) -> tuple[FlowOutput, FlowOutput]:
         common: dict[str, Any] = {"images": batch["images"], "ids": batch["ids"]}
-        if hasattr(self.model, "image_tokenizer"):  # both flows need the same codes
+        if "codes" in batch:
+            common["codes"] = batch["codes"]
+        elif hasattr(self.model, "image_tokenizer"):  # both flows need the same codes
             common["codes"] = self.model.image_tokenizer.encode(batch["images"])
         u = self.model.understanding_flow({**common, "texts": batch["said"], "prompts": batch["prompts"]}, layers)
         return u, self.model.generation_flow({**common, "texts": batch["drawn"]}, mask=batch["mask"], layers=layers)
+
+
+def reconstruction(model: Any, batch: Mapping[str, Any], u: FlowOutput, layer: int) -> FlowOutput:
+    """The whole image, all of it hidden, drawn from what understanding made of it (after RecA, arXiv 2509.07295).
+
+    No caption: between an empty text and the image stand U's states of the image at one layer, the mean over each block of 2 x 2
+    tokens, normalised and detached. RecA takes those of a separate vision encoder; here one backbone is all there is.
+    """
+    h = u.hidden_states[layer].detach().float().unflatten(1, u.grid).permute(0, 3, 1, 2)
+    blocks = nn.functional.avg_pool2d(h, 2, ceil_mode=True).flatten(2).transpose(1, 2)
+    condition = nn.functional.layer_norm(blocks, blocks.shape[-1:]) * blocks.shape[-1] ** -0.5  # as large as embeddings are
+    again = {k: v for k, v in batch.items() if k in ("images", "ids", "codes")} | {"texts": [""] * len(h)}
+    hidden = torch.ones(len(h), u.grid[0] * u.grid[1], dtype=torch.bool)
+    return model.generation_flow({**again, "condition": condition}, mask=hidden, layers=[])
 
 
 def paired(rows: Tensor, flow: str, config: DIVAConfig) -> Tensor:
@@ -257,8 +273,13 @@ class BackboneStage(nn.Module):
     def forward(
         self, batch: Mapping[str, Any], targets: Sequence[Factors] | None, critics: Sequence[UniqueCritic], queues: Mapping
     ) -> dict[str, Tensor]:
-        u, g = self._flows[0](batch, self.layers)
+        drawn_from = [max(1, self.model.num_layers // 2)] if self.config.reconstruction_weight else []
+        if drawn_from and hasattr(self.model, "image_tokenizer"):  # three flows need the same codes
+            batch = {**batch, "codes": self.model.image_tokenizer.encode(batch["images"])}
+        u, g = self._flows[0](batch, sorted({*self.layers, *drawn_from}))
         out = {f"{flow}_loss": r.per_example_loss.mean() for flow, r in zip(FLOWS, (u, g), strict=True)}
+        for layer in drawn_from:
+            out["reconstruction_loss"] = reconstruction(self.model, batch, u, layer).per_example_loss.mean()
         if not self.layers or not all(bool(torch.isfinite(loss)) for loss in out.values()):
             return out  # the trainer says what is wrong with it
         parts, each = list[dict[str, Tensor]](), len(critics) // len(self.layers)

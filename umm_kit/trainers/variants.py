@@ -117,6 +117,9 @@ class DIVAConfig(UMMArguments):
     ema_role: str = field(
         default="targets", metadata={"help": "Averaged weights give the alignment's 'targets' (paper), or the final 'weights'."}
     )
+    reconstruction_weight: float = field(
+        default=0.0, metadata={"help": "Of drawing each image again from U's own states of it (after RecA; a baseline)."}
+    )
     project_conflicts: bool = field(default=False, metadata={"help": "PCGrad between the two task losses (a baseline)."})
     max_steps: int = 12_000
     per_device_train_batch_size: int = 64
@@ -145,7 +148,7 @@ class DIVAConfig(UMMArguments):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
         weights = ("shared_weight", "unique_weight", "orthogonality_weight", "stage2_orthogonality_weight")
-        weights += ("understanding_weight", "generation_weight", "lora_rank", "queue")  # type: ignore[assignment]
+        weights += ("understanding_weight", "generation_weight", "reconstruction_weight", "lora_rank", "queue")  # type: ignore[assignment]
         if negative := [name for name in weights if getattr(self, name) < 0]:
             raise ValueError(f"{negative} are negative; expected at least 0")
         if self.replay_every == 1 or self.replay_every < 0:
