@@ -101,13 +101,13 @@ def hash_uniform(key: np.ndarray, columns: int) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
-def stream_key(seed: int, salt: int, index: np.ndarray) -> np.ndarray:
-    """A well-mixed 64-bit key for (seed, salt, index)."""
+def stream_key(seed: int, salt: int | np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Well-mixed 64-bit keys for (seed, salt, index), salt and index broadcast and flattened."""
     base = hash_uniform(np.array([seed], dtype=np.int64).view(np.uint64), 1)[0, 0]
-    start = np.uint64(int(base * (1 << 53)) ^ (salt * 0x632BE59BD9B4E019 & 0xFFFFFFFFFFFFFFFF))
     with np.errstate(over="ignore"):
+        start = np.uint64(int(base * (1 << 53))) ^ (np.asarray(salt, dtype=np.uint64) * np.uint64(0x632BE59BD9B4E019))
         mixed = start + index.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
-    return (hash_uniform(mixed, 1)[:, 0] * (1 << 53)).astype(np.uint64) * np.uint64(2048)
+    return (hash_uniform(mixed.ravel(), 1)[:, 0] * (1 << 53)).astype(np.uint64) * np.uint64(2048)
 
 
 @dataclass
@@ -210,13 +210,18 @@ def sample_scenes(split: str, seed: int, index: np.ndarray, containing: Pairs = 
         raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
     index = np.asarray(index, dtype=np.int64)
     out, pending, attempt = Scenes.blank(len(index)), np.arange(len(index)), 0
+
     # Salts of the splits differ, so that equal indices do not share draws.
-    keys = lambda attempt: stream_key(seed, 1 + SPLITS.index(split) + 8 * attempt, index[pending])  # noqa: E731
+    def drawn(first: int, several: int) -> Scenes:
+        """Some attempts at each pending scene, attempt by attempt."""
+        salts = 1 + SPLITS.index(split) + 8 * np.arange(first, first + several)
+        return _draw(stream_key(seed, salts[:, None], index[pending]))
+
     # The share of single-object scenes must not grow with the rejections of the others: fix the count first.
-    wanted = _draw(keys(0)).count
+    wanted = drawn(0, 1).count
     while len(pending) and attempt < _MAX_ATTEMPTS:
         several = max(1, min(attempt, 512 // len(pending)))  # attempts at once: the last few scenes may need thousands
-        draw = _draw(np.concatenate([keys(attempt + k) for k in range(several)]))
+        draw = drawn(attempt, several)
         ok = _admissible(draw, split, containing, without) & (draw.count == np.tile(wanted[pending], several))
         ok = ok.reshape(several, len(pending))
         found, first = ok.any(0), ok.argmax(0)

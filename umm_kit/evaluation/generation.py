@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from umm_kit.data.digits import Digits, to_scan
-from umm_kit.data.language import CATEGORIES, parse, prompts
+from umm_kit.data.language import CATEGORIES, caption, parse, prompts
 from umm_kit.data.oracle import Oracle, score_prompt
 from umm_kit.data.shapes import CELLS, HELD_OUT, Pairs, Shapes, box_size, cell_origin
 from umm_kit.evaluation.understanding import Examiner, items_of, majority
@@ -77,7 +77,7 @@ def scene_inpainting(exam: Examiner, data: Shapes) -> None:
     objects = [scenes.objects(k) for k in rows]
     hidden = [scene[int(x * len(scene))] for scene, x in zip(objects, u, strict=True)]
     mask = object_mask(np.array([CELLS.index(o.cell) for o in hidden]), exam.model.grid, data.image_size)
-    texts, ids = [data.caption(i, "placed") for i in rows], [item["id"] for item in items]
+    texts, ids = [caption(scene, "placed") for scene in objects], [item["id"] for item in items]
     images = torch.stack([item["images"] for item in items])
     drawn = exam.generate(texts, ids, "inpainting", " inpainting", images=images, mask=mask)
     readings = Oracle(data.image_size, data.nuisance.jitter).read(drawn)

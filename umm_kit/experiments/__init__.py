@@ -61,7 +61,7 @@ def mine(runs: Sequence[Any], part: tuple[int, int], done: Callable[[Any], bool]
 
 
 def endpoints(
-    model: Any, split: str, n: int, n_prompts: int, seed: int, texture: str = "mid", progress: bool = True
+    model: Any, split: str, n: int, n_prompts: int, seed: int, texture: str = "mid", progress: bool = True, inpaint: bool = True
 ) -> dict[str, list[float]]:
     """What the experiments compare models on: metric -> one outcome per item, in an order that is the same for every model.
 
@@ -74,7 +74,7 @@ def endpoints(
       ``drawn_of_understood``: prompts met that name a composition shown to understanding alone. No other metric sees either.
 
     Args:
-        n: scenes; n_prompts: per category.
+        n: scenes; n_prompts: per category. inpaint: whether hidden objects are drawn, a quarter of the time.
     """
     nuisance = Nuisance(texture=texture)
     data = Shapes(split, n=n, seed=seed, nuisance=nuisance, without=ASYMMETRIC)
@@ -85,7 +85,8 @@ def endpoints(
         understanding.scene_captions(exam, data, agreement=False)
         understanding.scene_questions(exam, data)
         generation.scene_prompts(exam, data, heldout=False)
-        generation.scene_inpainting(exam, data)
+        if inpaint:
+            generation.scene_inpainting(exam, data)
         for flow, other in (("generation", "understanding"), ("understanding", "generation")):
             few = Shapes(split, n=n // 2, seed=seed, nuisance=nuisance, containing=ONE_FLOW[flow], without=ONE_FLOW[other])
             if flow == "generation":
@@ -105,7 +106,7 @@ def endpoints(
         "understood_of_drawn": "caption_f1_drawn",
         "drawn_of_understood": "generation_understood",
     }
-    out |= {ours: list(exam.items[theirs].values()) for ours, theirs in names.items()}
+    out |= {ours: list(exam.items[theirs].values()) for ours, theirs in names.items() if inpaint or ours != "inpainting"}
     out["questions"] = [sum(a) / len(a) for a in answers]
     out["understanding"] = [(f1 + right) / 2 for f1, right in zip(out["caption_f1"], out["questions"], strict=True)]
     return {metric: [round(float(value), 4) for value in values] for metric, values in out.items()}

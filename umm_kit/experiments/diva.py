@@ -149,7 +149,7 @@ def tune(preset: str, records: str | Path, folder: str | Path, part: tuple[int, 
             steps = matched_steps(ledger.records(), name, chosen)
             config = config_of(ARMS[name], chosen, seed, folder / f"{name}-{rate:g}", rate, steps)
             model, content = post_train(base, ARMS[name], config, chosen.texture)
-        items = endpoints(model, "validation", chosen.n_tuning, chosen.n_tuning // 8, seed, chosen.texture, progress=False)
+        items = endpoints(model, "validation", chosen.n_tuning, chosen.n_tuning // 8, seed, chosen.texture, False, inpaint=False)
         ledger.add(tuning_name(name, rate), {"arm": name, "rate": rate, **content, "means": _means(items)})
     return tuning_table(ledger.records()).to_string(index=False, float_format="%.4g")
 
@@ -219,7 +219,7 @@ def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, i
             rate, steps = best_rate(tuning, arm.rate_of, chosen), matched_steps(tuning, name, chosen)
             config = config_of(arm, chosen, seed, folder / f"{Path(base).name}-{name}-{seed}", rate, steps)
             model, content = post_train(base, arm, config, chosen.texture)
-        items = endpoints(model, "test", chosen.n, chosen.n_prompts, 0, chosen.texture, progress=False)
+        items = endpoints(model, "test", chosen.n, chosen.n_prompts, 0, chosen.texture, False, inpaint=False)
         kept = {metric: items[metric] for metric in ENDPOINTS}
         ledger.add(run_name(name, base, seed), {"arm": name, "base": Path(base).name, "seed": seed, **content, "items": kept})
     return summary(ledger.records())
