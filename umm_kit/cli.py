@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "diva-tuning": ("diva", "tune"),
     "diva": ("diva", "run"),
     "frontier": ("frontier", "run"),
+    "planted": ("planted", "run"),
 }
 HEADLINES = ("caption_f1", "qa_existence", "qa_relation", "generation_overall", "inpainting_objects")
 
