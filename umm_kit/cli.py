@@ -30,6 +30,7 @@ EXPERIMENTS = {
     "diva": ("diva", "run"),
     "frontier": ("frontier", "run"),
     "planted": ("planted", "run"),
+    "intervention": ("intervention", "run"),
 }
 HEADLINES = ("caption_f1", "qa_existence", "qa_relation", "generation_overall", "inpainting_objects")
 
