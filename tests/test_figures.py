@@ -3,11 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from umm_kit import cli
-from umm_kit.figures import FIGURES, conflict_along, interference_atlas, oracle_honesty, redraw
+from umm_kit.figures import FIGURES, arms, conflict_along, frontier, interference_atlas, oracle_honesty, planted_levels, redraw
 
 
 @pytest.fixture
@@ -64,6 +65,56 @@ def test_oracle_honesty_draws_shares_and_percent():
     low, high = figure.axes[0].lines[0].get_xdata()
     assert low == pytest.approx(100 / (100 + 1.96**2), abs=1e-4) and high == pytest.approx(1), "Wilson's interval of 100 of 100"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["clean", "noise"]
+
+
+def rows_of_arms():
+    metrics = (
+        "understanding",
+        "generation",
+        "understanding_loss",
+        "generation_loss",
+        "understood_of_drawn",
+        "drawn_of_understood",
+    )
+    for k, arm in enumerate(("base", "sft_all", "diva")):
+        for metric in metrics:
+            own = arm == "sft_all"  # it is the better fine-tuning
+            gains = dict(over_sft=np.nan if own else 0.1 * k, sft_low=0.1 * k - 0.05, sft_high=0.1 * k + 0.05)
+            yield dict(arm=arm, metric=metric, **gains, over_base=np.nan if arm == "base" else 0.2, base_low=0.1, base_high=0.3)
+
+
+@pytest.mark.parametrize(("against", "names"), [("sft", ["base", "diva"]), ("base", ["sft_all", "diva"])])
+def test_arms_are_compared_with_others_alone(against, names):
+    figure = arms(pd.DataFrame(rows_of_arms()), against)
+    assert len(figure.axes) == 6
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
+    points = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert points == pytest.approx([0.0, 0.2] if against == "sft" else [0.2, 0.2])
+
+
+def test_frontier_joins_the_points_of_an_arm_in_the_order_of_ratios():
+    rows = []
+    for arm, ratios in (("base", (1.0,)), ("diva", (2.0, 0.5, 1.0))):
+        for ratio in ratios:
+            u = dict(understanding_loss=1 / ratio, understanding_loss_low=0.9 / ratio, understanding_loss_high=1.1 / ratio)
+            g = dict(generation_loss=ratio, generation_loss_low=0.9 * ratio, generation_loss_high=1.1 * ratio)
+            rows.append(dict(arm=arm, ratio=ratio, **u, **g))
+    ax = frontier(pd.DataFrame(rows)).axes[0]
+    lines = {line.get_label(): line for line in ax.lines}
+    np.testing.assert_allclose(lines["diva"].get_xdata(), [0.5, 1.0, 2.0])
+    np.testing.assert_allclose(lines["diva"].get_ydata(), [2.0, 1.0, 0.5])
+    assert [text.get_text() for text in ax.texts] == ["0.5", "1", "2"], "a lone point needs no ratio"
+
+
+def test_planted_levels_show_every_seed():
+    index = pd.MultiIndex.from_product([("method", "no_unique_term"), (0, 1, 2)], names=["arm", "seed"])
+    levels = ["recovery shared", "recovery unique", "leakage shared", "leakage unique"]
+    frame = pd.DataFrame(np.arange(24.0).reshape(6, 4), index=index, columns=levels)
+    figure = planted_levels(frame)
+    assert [ax.get_title() for ax in figure.axes] == levels
+    points = [line for line in figure.axes[1].lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(points[1].get_xdata(), [13, 17, 21])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["method", "no_unique_term"]
 
 
 def test_the_atlas_shows_complete_cells_alone():

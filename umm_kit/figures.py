@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from umm_kit import plots
+from umm_kit.evaluation.audit import HIGH, LEAK
 from umm_kit.models import CHECKPOINTS
 from umm_kit.statistics import wilson
 
@@ -105,6 +106,77 @@ def _atlas(path: Path) -> Figure:
     from umm_kit.experiments import Ledger, atlas
 
     return interference_atlas(atlas.interference(Ledger(path).records()))
+
+
+_ENDPOINT_TITLES = {
+    "understanding": "understanding (share)",
+    "generation": "generation (share)",
+    "understanding_loss": "understanding loss (nats)",
+    "generation_loss": "generation loss (nats)",
+    "understood_of_drawn": "understood of what was drawn",
+    "drawn_of_understood": "drawn of what was understood",
+}
+
+
+def arms(frame: pd.DataFrame, against: str = "sft") -> Figure:
+    """What each arm gains over the better fine-tuning (``against="base"``: over its own base), endpoint by endpoint.
+
+    Above 0 = better, of losses too. An arm is not compared with itself: fine-tuning that is the better one has no row.
+
+    Args:
+        frame: as :func:`umm_kit.experiments.diva.effects` returns it.
+    """
+    gain, rows = f"over_{against}", frame.dropna(subset=[f"over_{against}"])
+    compared = rows.groupby("arm").metric.nunique()
+    names = [arm for arm in dict.fromkeys(rows.arm) if compared[arm] == compared.max()]
+    panels = {}
+    for metric, title in _ENDPOINT_TITLES.items():
+        some = rows[rows.metric == metric].set_index("arm")
+        panels[title] = [(arm, *some.loc[arm, [gain, f"{against}_low", f"{against}_high"]]) for arm in names]
+    return plots.forest(panels, "gain over " + ("the base" if against == "base" else "better fine-tuning"), columns=2)
+
+
+def frontier(points: pd.DataFrame) -> Figure:
+    """Both losses of each arm under each ratio of weights: down and left is better (DIVA Fig. 6).
+
+    Args:
+        points: as :func:`umm_kit.experiments.frontier.frontier` returns them.
+    """
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    ax = figure.subplots()
+    for k, (arm, rows) in enumerate(points.groupby("arm", sort=False)):
+        rows = rows.sort_values("ratio")
+        x, y = rows.generation_loss, rows.understanding_loss
+        ax.plot(x, y, marker="osD^"[k % 4], markersize=4, color=f"C{k}", linewidth=1.2, label=arm)
+        ax.hlines(y, rows.generation_loss_low, rows.generation_loss_high, color=f"C{k}", linewidth=0.8, alpha=0.6)
+        ax.vlines(x, rows.understanding_loss_low, rows.understanding_loss_high, color=f"C{k}", linewidth=0.8, alpha=0.6)
+        if len(rows) > 1:
+            for row in rows.itertuples():
+                place = (row.generation_loss, row.understanding_loss)
+                ax.annotate(f"{row.ratio:g}", place, xytext=(3, 3), textcoords="offset points", fontsize=plots.TEXT_SIZE - 2)
+    ax.set(xlabel="generation loss (nats per token)", ylabel="understanding loss (nats per token)")
+    ax.legend(title="numbers: weight of U over G", fontsize=plots.TEXT_SIZE - 1, title_fontsize=plots.TEXT_SIZE - 1)
+    return figure
+
+
+def planted_levels(frame: pd.DataFrame) -> Figure:
+    """Levels of each arm of the planted experiment, a point per seed; the dashed line is what is asked of the method.
+
+    Args:
+        frame: as :func:`umm_kit.experiments.planted.levels` returns it.
+    """
+    asked = {"recovery shared": HIGH, "recovery unique": HIGH, "leakage shared": LEAK, "leakage unique": LEAK}
+    names = list(dict.fromkeys(frame.index.get_level_values("arm")))
+    figure = Figure(figsize=(9.0, 0.75 + 0.22 * len(names)), layout="constrained")
+    for ax, (level, limit) in zip(figure.subplots(1, 4, sharey=True), asked.items(), strict=True):
+        for y, arm in enumerate(names):
+            values = frame.loc[arm, level]
+            ax.plot(values, [y] * len(values), "o", color="C0", markersize=3.5, alpha=0.7)
+        ax.axvline(limit, color="0.4", linewidth=0.9, linestyle="--")
+        worse = "lower = worse" if level.startswith("recovery") else "higher = worse"
+        ax.set(title=level, xlabel=f"share of what h holds\n({worse})", yticks=range(len(names)), yticklabels=names)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+    return figure
 
 
 def oracle_honesty(pictures: Mapping[str, Mapping[str, float]]) -> Figure:
