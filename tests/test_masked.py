@@ -221,7 +221,7 @@ def test_image_log_prob_of_a_uniform_model(model, batch):
     for parameter in flat.image_head.parameters():
         nn.init.zeros_(parameter)
     with torch.no_grad():
-        value = flat.image_log_prob(batch["texts"], batch["images"], draws=3)
+        value = flat.image_log_prob(batch["texts"], batch["images"], draws=4)
     assert torch.allclose(value, torch.full((4,), -64 * math.log(model.codebook_size)), rtol=1e-5)
 
 

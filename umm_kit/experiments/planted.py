@@ -27,7 +27,7 @@ from umm_kit.features import FLOWS
 from umm_kit.losses.factorization import UniqueCritic, alignment, club, orthogonality
 from umm_kit.models.factors import FactorEncoders, FactorEncodersConfig, Factors, Readouts
 
-MARGIN = 0.1  # by which a level must be worse than the reference's to tell an arm from it (:func:`verdicts`)
+MARGIN = LEAK  # by which a level must be worse than the reference's to tell an arm from it (:func:`verdicts`)
 METHOD, CONTROL, PRINTED = "method", "another start", "stage 1 as printed"
 
 
@@ -70,7 +70,7 @@ class Preset:
     vocabulary: int = 16
     words: int = 16
     sharpness: float = 2.0  # sd of the words' true logits, of each part
-    steps: int = 2000
+    steps: int = 2400
     shared_only: float = 0.3  # share of the steps before the unique factors join
     ramp: float = 0.3  # share of the steps in which I_uni then rises from 0 (as the paper's weights do)
     batch: int = 128
@@ -79,7 +79,7 @@ class Preset:
     orthogonality: float = 1.0  # weights of the terms; the tasks have 1 each
     shared: float = 1.0
     unique: float = 2.0
-    critic_steps: int = 3
+    critic_steps: int = 6
     critic_buffer: int = 2048
     threshold: float = 0.0
     held_out: int = 2000

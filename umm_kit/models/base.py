@@ -225,6 +225,33 @@ def draw_mask(
     return mask.flatten(1)
 
 
+def elbo_masks(
+    n: int, total: int, draws: int = 8, generator: torch.Generator | None = None
+) -> Bool[Tensor, "{draws} {n} {total}"]:
+    """Masks [draws, n, total], True = hidden: the mean over them of total * (mean log p of the hidden) is an unbiased estimate of
+    the any-order bound.
+
+    How many are hidden is uniform on 1 ... total: one draw from each of ``draws`` equal strata. Masks come in pairs: the second
+    hides what the first shows, and one token more, so that each token is hidden about as often as any other.
+
+    Raises:
+        ValueError: draws are not even, or less than 2.
+
+    Example:
+        >>> elbo_masks(1, 4, draws=2).sum((1, 2)).sum().item()  # k hidden, then 5 - k
+        5
+    """
+    if draws < 2 or draws % 2 or n < 1 or total < 1:
+        raise ValueError(
+            f"{draws=}, {n=}, {total=}; expected an even number of draws from 2 on, and at least one example and token"
+        )
+    pairs = draws // 2
+    u = (torch.arange(pairs)[:, None] + 1 - torch.rand(pairs, n, generator=generator)) / draws  # in (0, 1/2]
+    hidden = (u * total).ceil().long().clamp(1, total)[..., None]
+    place = torch.rand(pairs, n, total, generator=generator).argsort(2).argsort(2)
+    return torch.stack([place < hidden, place >= hidden - 1], 1).flatten(0, 1)
+
+
 def choose_mask(
     mask: Bool[Tensor, "{n} {grid[0]*grid[1]}"] | None,
     n: int,

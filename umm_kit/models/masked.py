@@ -30,7 +30,7 @@ from umm_kit.models.base import (
     check_batch,
     check_images,
     choose_mask,
-    draw_mask,
+    elbo_masks,
     token_losses,
 )
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, code_digits, train_text_tokenizer
@@ -526,25 +526,39 @@ class MaskedUMM(PreTrainedModel):
         return codes
 
     def image_log_prob(
-        self, texts: Sequence[str], images: Tensor, draws: int = 8, generator: torch.Generator | None = None
+        self,
+        texts: Sequence[str],
+        images: Tensor | None = None,
+        draws: int = 8,
+        generator: torch.Generator | None = None,
+        codes: Tensor | None = None,
+        masks: Tensor | None = None,
     ) -> Tensor:
-        """Surrogate log-likelihood [B] of the images' codes given the texts, in nats, with gradient.
+        """Surrogate log-likelihood [B] of images given their texts, in nats, with gradient (higher = more likely).
 
-        A masked model has no tractable likelihood; this is the order-agnostic bound
-        E_r[N / |masked| * sum over masked of log p(code | visible, text)], with mask ratios r at the midpoints of ``draws``
-        equal strata of (0, 1] (lower = less likely).
+        A masked model has no tractable likelihood. This is its any-order lower bound (Uria et al. 2014): with n hidden tokens of
+        N, n uniform on 1 ... N,
+
+            E_n E_mask[ N / n * sum over hidden of log p(code | shown, text) ] <= log p(codes | text),
+
+        by as many masks as there are draws. Bounds of two images, or under two models, are to be compared under the same masks.
+
+        Args:
+            images: [B, 3, H, W]; or codes: [B, N], such as :meth:`generate_codes` drew: pixels do not always give them back.
+            masks: [draws, B, N] bool, True = hidden; by default drawn by ``elbo_masks``.
+        Raises:
+            ValueError: neither images nor codes, or both.
         """
-        codes = self.image_tokenizer.encode(images.to(self.device))
-        ids = self.pack_captions(texts).to(self.device)
-        terms = []
-        for k in range(draws):
-            mask = draw_mask(len(codes), self.grid, (k + 0.5) / draws, "dispersed", generator).to(self.device)
-            log_p = (
-                self.image_head(self._generation(codes, mask, ids)[0])
-                .float()
-                .log_softmax(-1)
-                .gather(-1, codes[..., None])[..., 0]
-            )
+        if (images is None) == (codes is None):
+            raise ValueError("expected images or codes, one of them")
+        codes = self.image_tokenizer.encode(images.to(self.device)) if codes is None else codes.to(self.device)  # type: ignore[union-attr]
+        masks = elbo_masks(len(codes), self.num_image_tokens, draws, generator) if masks is None else masks
+        if tuple(masks.shape[1:]) != tuple(codes.shape):
+            raise ValueError(f"masks are {tuple(masks.shape)} for codes {tuple(codes.shape)}; expected [draws, B, N]")
+        ids, terms = self.pack_captions(texts).to(self.device), []
+        for mask in masks.to(self.device):
+            logits = self.image_head(self._generation(codes, mask, ids)[0]).float()
+            log_p = logits.log_softmax(-1).gather(-1, codes[..., None])[..., 0]
             terms.append((log_p * mask).sum(1) / mask.sum(1) * self.num_image_tokens)
         return torch.stack(terms).mean(0)
 
