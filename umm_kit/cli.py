@@ -21,6 +21,7 @@ from umm_kit import __version__
 TRAINERS = {
     "tokenizer": ("umm_kit.trainers.tokenizer", "TokenizerConfig"),
     "masked": ("umm_kit.trainers.pretrain", "PretrainConfig"),
+    "teacher": ("umm_kit.trainers.teacher", "TeacherConfig"),
     "diva": ("umm_kit.trainers.diva", "DIVAConfig"),
 }
 #: name -> module of umm_kit.experiments, and the function in it that does what has no record yet and returns a report

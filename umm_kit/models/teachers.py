@@ -1,0 +1,232 @@
+"""Stronger embedding models: what LatentUMM aligns to, and what drift can be measured by from outside.
+
+A teacher puts texts and images into one space. Three kinds: any CLIP-like checkpoint of transformers, a small one that ships with
+the kit (``load_teacher("tiny-teacher")``), and vectors that were computed elsewhere, kept by stable id.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from umm_kit.models import CHECKPOINTS
+from umm_kit.models.base import check_images, resolve_device
+
+#: Mean and standard deviation of the pixels CLIP was trained on, for checkpoints that do not say theirs.
+CLIP_PIXELS = ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Texts and images in one space of ``dim`` numbers, as unit vectors [n, dim], float32 on the CPU."""
+
+    dim: int
+
+    def embed_text(self, texts: Sequence[str]) -> Tensor: ...
+
+    def embed_image(self, images: Tensor) -> Tensor: ...
+
+
+class CLIPTeacher:
+    """A CLIP-like model of transformers: one that has ``get_text_features`` and ``get_image_features`` (CLIP, SigLIP, ...).
+
+    Images are resized to the model's size, without cropping: at the edge of a scene there may be an object.
+
+    Args:
+        model: the transformers model. tokenizer: its own. pixels: (mean, standard deviation) per channel it was trained with.
+        batch_size: how many texts or images are embedded at once.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        pixels: tuple[Sequence[float], Sequence[float]] = CLIP_PIXELS,
+        batch_size: int = 256,
+    ):
+        if missing := [name for name in ("get_text_features", "get_image_features") if not hasattr(model, name)]:
+            raise ValueError(f"{type(model).__name__} has no {' and no '.join(missing)}; expected a CLIP-like model")
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self.mean, self.spread = (torch.tensor(values).view(1, 3, 1, 1) for values in pixels)
+        text, vision = model.config.text_config, model.config.vision_config
+        size = vision.image_size
+        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        self.max_text = text.max_position_embeddings
+        self.dim = int(getattr(model.config, "projection_dim", None) or text.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def embed_text(self, texts: Sequence[str]) -> Float[Tensor, "n dim"]:
+        """Unit vectors of texts; longer ones than the model takes are cut at its end."""
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"texts hold {sorted({type(text).__name__ for text in texts})}; expected strings")
+        takes = [name for name in ("input_ids", "attention_mask") if name in self.tokenizer.model_input_names]
+        padding = (
+            True if "attention_mask" in takes else "max_length"
+        )  # SigLIP has no mask: it was trained on texts of full length
+        out = []
+        for start in range(0, len(texts), self.batch_size):
+            some = list(texts[start : start + self.batch_size])
+            ids = self.tokenizer(some, padding=padding, truncation=True, max_length=self.max_text, return_tensors="pt")
+            out.append(self._vectors(self.model.get_text_features(**{name: ids[name].to(self.device) for name in takes})))
+        return torch.cat(out) if out else torch.zeros(0, self.dim)
+
+    @torch.no_grad()
+    def embed_image(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
+        """Unit vectors of images in [0, 1]."""
+        check_images(images)
+        parts = (images[start : start + self.batch_size] for start in range(0, len(images), self.batch_size))
+        out = [self._vectors(self.model.get_image_features(pixel_values=self.pixels(part))) for part in parts]
+        return torch.cat(out) if out else torch.zeros(0, self.dim)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images as the model takes them: its size and its normalisation, on its device."""
+        if tuple(images.shape[-2:]) != self.image_size:
+            images = nn.functional.interpolate(images.float(), self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+        return ((images - self.mean.to(images)) / self.spread.to(images)).to(self.device)
+
+    @staticmethod
+    def _vectors(found: Any) -> Tensor:
+        found = getattr(found, "pooler_output", found)  # transformers 5 returns a whole output, earlier versions the vectors
+        return nn.functional.normalize(found.float(), dim=1).cpu()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Weights, tokenizer and how pixels are normalised, in one folder."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        values = {"image_mean": self.mean.flatten().tolist(), "image_std": self.spread.flatten().tolist()}
+        Path(folder, "preprocessor_config.json").write_text(json.dumps(values) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: str = "auto", download: bool = False, **options: Any) -> CLIPTeacher:
+        """A folder, or the id of a model on the Hugging Face hub that is in the local cache, or is fetched if ``download``.
+
+        Weights are read from safetensors alone, and no code that comes with a model is run.
+        """
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import cached_file
+
+        safe: dict[str, Any] = {"local_files_only": not download, "trust_remote_code": False}
+        try:
+            model = AutoModel.from_pretrained(name, use_safetensors=True, **safe)
+            tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+            about = cached_file(
+                str(name), "preprocessor_config.json", local_files_only=not download, _raise_exceptions_for_missing_entries=False
+            )
+        except (OSError, SafetensorError) as error:
+            why = "" if download or Path(name).is_dir() else "; to fetch it from the hub, pass download=True"
+            raise ValueError(f"no teacher could be read from {str(name)!r}{why} ({str(error).splitlines()[0]})") from error
+        values = json.loads(Path(about).read_text()) if about else {}
+        pixels = tuple(values.get(key, default) for key, default in zip(("image_mean", "image_std"), CLIP_PIXELS, strict=True))
+        return cls(model.to(resolve_device(device)), tokenizer, pixels, **options)  # type: ignore[arg-type]
+
+
+def load_teacher(name: str | Path = "tiny-teacher", device: str = "auto", download: bool = False) -> CLIPTeacher:
+    """The teacher that ships with the kit, or any folder or hub id of a CLIP-like model (see ``CLIPTeacher.from_pretrained``).
+
+    Example:
+        >>> load_teacher("tiny-teacher", device="cpu").embed_text(["a red circle"]).shape  # doctest: +SKIP
+        torch.Size([1, 64])
+    """
+    shipped = CHECKPOINTS / str(name)
+    return CLIPTeacher.from_pretrained(shipped if (shipped / "config.json").exists() else name, device, download)
+
+
+class EmbeddingTable:
+    """Vectors that were computed elsewhere (by a model behind an interface, say), looked up by the stable ids of the data.
+
+    It is no :class:`Teacher`: it knows no other text or image than those it was made of. Trainers take either.
+
+    Args:
+        ids: [n] unique strings. text, image: [n, dim] each, finite; kept as unit vectors.
+    Raises:
+        ValueError: ids repeat, numbers of rows differ, widths differ, NaN, a vector of zeros.
+
+    Example:
+        >>> table = EmbeddingTable(["a", "b"], torch.eye(2), torch.eye(2))
+        >>> table.of(["b"])[0]
+        tensor([[0., 1.]])
+    """
+
+    def __init__(self, ids: Sequence[str], text: Float[Tensor, "n dim"], image: Float[Tensor, "n dim"]):
+        if len(set(ids)) != len(ids):
+            twice = sorted({i for i in ids if list(ids).count(i) > 1})[:3]
+            raise ValueError(f"{len(ids) - len(set(ids))} ids occur more than once, such as {twice}; expected each once")
+        for name, vectors in (("text", text), ("image", image)):
+            if vectors.ndim != 2 or len(vectors) != len(ids) or vectors.shape != text.shape:
+                raise ValueError(
+                    f"{name} vectors are {tuple(vectors.shape)}; expected [{len(ids)}, {text.shape[-1]}], a row for each id"
+                )
+            if not bool(torch.isfinite(vectors).all()) or bool((vectors.norm(dim=1) == 0).any()):
+                raise ValueError(f"{name} vectors hold NaN, infinity or rows of zeros; expected finite, with a direction")
+        self.dim = text.shape[1]
+        self._row = {str(k): row for row, k in enumerate(ids)}
+        self.text, self.image = (nn.functional.normalize(v.float().cpu(), dim=1) for v in (text, image))
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def of(self, ids: Sequence[str]) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n dim"]]:
+        """Text and image vectors of these ids.
+
+        Raises:
+            ValueError: an id has no vector.
+        """
+        if missing := [i for i in ids if i not in self._row]:
+            raise ValueError(f"{len(missing)} of {len(ids)} ids have no vector in this table, such as {missing[:3]}")
+        rows = torch.tensor([self._row[i] for i in ids], dtype=torch.long)
+        return self.text[rows], self.image[rows]
+
+    def save(self, file: str | Path) -> None:
+        """One safetensors file; the ids are in its header."""
+        save_file({"text": self.text, "image": self.image}, file, {"ids": json.dumps(list(self._row))})
+
+    @classmethod
+    def load(cls, file: str | Path) -> EmbeddingTable:
+        """What :meth:`save` wrote; or an Arrow or Parquet file with columns id, text and image (lists of numbers)."""
+        file = Path(file)
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as content:
+                    ids = json.loads((content.metadata() or {})["ids"])
+                    return cls(ids, content.get_tensor("text"), content.get_tensor("image"))
+            from datasets import Dataset
+
+            rows: Mapping[str, Any] = (Dataset.from_parquet if file.suffix == ".parquet" else Dataset.from_file)(str(file))[:]  # type: ignore[operator]
+            return cls(rows["id"], torch.tensor(rows["text"]), torch.tensor(rows["image"]))
+        except (OSError, KeyError, SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{file} holds no table of embeddings ({error}); expected ids, and text and image vectors"
+            ) from error
+
+
+def embeddings(teacher: Teacher | EmbeddingTable, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Text and image vectors [B, dim] of a batch, from a teacher or by its ids from a table."""
+    if isinstance(teacher, EmbeddingTable):
+        return teacher.of(batch["ids"])
+    return teacher.embed_text(batch["texts"]), teacher.embed_image(batch["images"])
+
+
+def retrieval(text: Float[Tensor, "n dim"], image: Float[Tensor, "n dim"], facts: Sequence[Any] | None = None) -> float:
+    """R@1 both ways: share of texts whose nearest image, and of images whose nearest text, is their own, averaged.
+
+    Args:
+        facts: what each pair says; nearest ones that say the same are right too.
+    Returns:
+        In [0, 1], higher = better; chance is about 1 / n.
+    """
+    names = {fact: k for k, fact in enumerate(dict.fromkeys(facts))} if facts is not None else {}
+    own = torch.arange(len(text)) if facts is None else torch.tensor([names[fact] for fact in facts])
+    scores = nn.functional.normalize(text, dim=1) @ nn.functional.normalize(image, dim=1).T
+    return float(torch.stack([(own[s.argmax(1)] == own).float().mean() for s in (scores, scores.T)]).mean())
