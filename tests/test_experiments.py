@@ -118,3 +118,15 @@ def test_the_tiny_atlas_runs_and_resumes(tmp_path):
     assert (tmp_path / "atlas.jsonl").read_bytes() == stamp, "what is there is not run again"
     joint = next(r for r in done.values() if r["task"] == "joint")
     assert {"gradients", "residual"} <= {row[0] for row in joint["diagnosis"]["data"]}
+
+
+def test_generation_alone_is_trained_once_for_every_share_of_reading():
+    """It sees no understanding, so its model serves the cells that differ in nothing else; understanding alone does not."""
+    preset = atlas.Preset((atlas.Cell(48, "none", every=1), atlas.Cell(48, "none"), atlas.Cell(96, "none")), seeds=(1,))
+    runs = [(cell.width, cell.every, task) for cell, _, task in preset.runs()]
+    assert len(runs) == len(set(runs)) == 8 and (48, 4, "generation") not in runs and (96, 4, "generation") in runs
+    records = [*planted(0.3, 0.3, seed=1, every=1), *(r for r in planted(0.1, 0.2, seed=1, every=4) if r["task"] != "generation")]
+    frame = atlas.interference(ledgers(records)).set_index(["every", "metric"]).interference
+    assert frame[1, "generation_loss"] == pytest.approx(0.3, abs=0.01)
+    assert frame[4, "generation_loss"] == pytest.approx(0.2, abs=0.01)
+    assert frame[4, "understanding_loss"] == pytest.approx(0.1, abs=0.01)

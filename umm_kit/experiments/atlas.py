@@ -66,12 +66,23 @@ class Preset:
     n_prompts: int = 64
 
     def runs(self) -> Iterator[tuple[Cell, int, str]]:
-        """(cell, seed, task), the runs of one cell beside each other."""
-        return itertools.product(self.cells, self.seeds, TASKS)
+        """(cell, seed, task), the runs of one cell beside each other; what does not see ``every`` is trained once."""
+        seen = set()
+        for cell, seed, task in itertools.product(self.cells, self.seeds, TASKS):
+            if (what := _what(asdict(cell) | {"seed": seed, "task": task})) not in seen:
+                seen.add(what)
+                yield cell, seed, task
+
+
+def _what(run: Mapping[str, Any], task: str = "") -> tuple:
+    """What a run is told by: a model of generation alone is the same whatever share of the pictures understanding would see."""
+    task = task or run["task"]
+    return (task, *(run[name] for name in [*CELL, "seed"] if name != "every" or task != "generation"))
 
 
 PRESETS = {
     "full": Preset((Cell(48, "none", every=1), *(Cell(w, t) for w in (48, 96) for t in ("none", "high")))),
+    "bases": Preset((Cell(48, "none", every=1),), seeds=(100, 101, 102)),  # tiny-tight-0, -1 and -2
     "tiny": Preset((Cell(32, "none", steps=4),), layers=2, n=16, n_prompts=2),
 }
 
@@ -83,7 +94,12 @@ def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, i
     if not (tokenizer / "config.json").exists():
         load("tiny-masked", device="cpu").image_tokenizer.save_pretrained(tokenizer)
     title = "{}, seed {}, {}".format
-    for cell, seed, task in mine(list(chosen.runs()), part, lambda run: title(*run) in ledger.records()):
+
+    def done(run: tuple[Cell, int, str]) -> bool:
+        cell, seed, task = run
+        return _what(asdict(cell) | {"seed": seed, "task": task}) in map(_what, ledger.records().values())
+
+    for cell, seed, task in mine(list(chosen.runs()), part, done):
         understanding, generation = TASKS[task]
         config = PretrainConfig(
             output_dir=str(folder / title(cell, seed, task).replace(", ", "-").replace(" ", "_")),
@@ -121,13 +137,12 @@ def interference(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     ``interference`` > 0: the model that was trained on this task alone is better.
     """
     rows = []
-    cells: dict[tuple, dict[str, Mapping[str, Any]]] = {}
-    for record in records.values():
-        cells.setdefault(_place(record), {})[record["task"]] = record
-    for place, models in sorted(cells.items()):
+    models = {_what(record): record for record in records.values()}
+    for record in sorted((r for r in records.values() if r["task"] == "joint"), key=_place):
+        place = _place(record)
         for task, metrics in METRICS.items():
-            for metric in metrics if {task, "joint"} <= set(models) else ():
-                alone, joint = (np.array(models[which]["items"][metric]) for which in (task, "joint"))
+            for metric in metrics if _what(record, task) in models else ():
+                alone, joint = (np.array(r["items"][metric]) for r in (models[_what(record, task)], record))
                 pair = (joint, alone) if metric.endswith("_loss") else (alone, joint)
                 d = paired_difference(*pair)
                 rows.append((*place, task, metric, alone.mean(), joint.mean(), d.value, d.low, d.high, d.n))
