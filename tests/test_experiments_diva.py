@@ -127,3 +127,12 @@ def test_tuning_and_arms_run_and_resume(tmp_path, monkeypatch):
     stamp = records.read_bytes()
     diva.run("seconds", records, tmp_path / "runs")
     assert records.read_bytes() == stamp, "what is there is not run again"
+
+
+def test_core_arms_have_every_seed_and_come_seed_by_seed():
+    wanted = replace(TINY, bases=("a", "b"), seeds=(0, 1), few_seeds=(0,), arms=("sft_middle", "pcgrad", "diva"))
+    runs = wanted.runs()
+    assert runs[:2] == [("base", "a", None), ("base", "b", None)]
+    assert [seed for *_, seed in runs[2:]] == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+    assert {arm for arm, *_ in runs[2:10]} == {"sft_middle", "diva"} and {arm for arm, *_ in runs[10:]} == {"pcgrad"}
+    assert len(TINY.runs()) == 3 + 4 * 3 * len(diva.CORE) + 3 * (len(diva.ARMS) - len(diva.CORE))

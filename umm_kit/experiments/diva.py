@@ -73,6 +73,7 @@ ARMS: dict[str, Arm] = {
     "unique_0.8": Arm({"unique_weight": 0.8}),
 }
 TUNED = tuple(dict.fromkeys(arm.rate_of for arm in ARMS.values()))
+CORE = ("diva", "sft_middle", "sft_all")  # with every training seed; the others with as many as ``Preset.few_seeds``
 FINE_TUNING = tuple(name for name, arm in ARMS.items() if arm.plain and name.startswith("sft"))
 
 
@@ -83,6 +84,7 @@ class Preset:
     bases: tuple[str, ...] = ("tiny-tight-0", "tiny-tight-1", "tiny-tight-2")
     texture: str = "none"
     seeds: tuple[int, ...] = (0, 1, 2, 3)
+    few_seeds: tuple[int, ...] = (0,)
     tuning_seed: int = 100
     rates: tuple[float, ...] = RATES
     arms: tuple[str, ...] = tuple(ARMS)
@@ -90,6 +92,12 @@ class Preset:
     n_prompts: int = 342
     n_tuning: int = 512
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def runs(self) -> list[tuple[str, str, int | None]]:
+        """(arm, base, seed): the bases as they are, the core arms seed by seed, then the others."""
+        core = [(arm, base, seed) for seed in self.seeds for arm in self.arms if arm in CORE for base in self.bases]
+        rest = [(arm, base, seed) for arm in self.arms if arm not in CORE for seed in self.few_seeds for base in self.bases]
+        return [*(("base", base, None) for base in self.bases), *core, *rest]
 
 
 PRESETS = {"tiny": Preset()}
@@ -207,12 +215,10 @@ def best_rate(tuning: Mapping[str, Mapping[str, Any]], name: str, preset: Preset
 
 
 def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
-    """Train and judge every arm from every base with every seed that has no record yet, the most asked for first."""
+    """Train and judge every arm from every base with every seed that has no record yet."""
     chosen, ledger, folder = PRESETS[preset], Ledger(Path(records)), Path(folder)
     tuning = Ledger(Path(records).with_name(Path(records).stem + "-tuning.jsonl")).records()
-    runs: list[tuple[str, str, int | None]] = [("base", base, None) for base in chosen.bases]
-    runs += [(arm, base, seed) for arm in chosen.arms for seed in chosen.seeds for base in chosen.bases]
-    for name, base, seed in mine(runs, part, lambda run: run_name(*run) in ledger.records()):
+    for name, base, seed in mine(chosen.runs(), part, lambda run: run_name(*run) in ledger.records()):
         model, content = load(base, device="cpu"), dict[str, Any]()
         if seed is not None:
             arm = ARMS[name]
