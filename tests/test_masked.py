@@ -356,3 +356,61 @@ def test_rounds_compute_what_predicting_everything_would(model, guidance):
             for k in order[keep:]:
                 naive[row, k], left[row, k] = chosen[row, k], False
     assert torch.equal(found, naive) and torch.equal(found[2], codes[2]), "a row without holes is left alone"
+
+
+# --- latents of texts, and one step out and back in ---------------------------------------------------------------------
+
+
+def test_text_states_are_means_over_words_whatever_the_padding(model):
+    texts = ["a red circle", "a large red circle and a small blue square"]
+    both = model.text_states(texts, layers=[0, 2])
+    for k, text in enumerate(texts):
+        ids = model.pack_captions([text])
+        codes = torch.zeros(1, model.num_image_tokens, dtype=torch.long)
+        seen = []
+        hook = model.blocks[1].register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
+        model._generation(codes, torch.ones_like(codes, dtype=torch.bool), ids)  # with an image after the words
+        hook.remove()
+        torch.testing.assert_close(both[2][k], seen[0][0, : ids.shape[1]].mean(0), atol=1e-5, rtol=1e-4)
+    assert both[0].shape == (2, model.hidden_size)
+
+
+def test_regenerate_reads_the_image_that_the_likeliest_codes_make(model):
+    texts = ["a red circle", "a blue square"]
+    states = model.regenerate(texts, layers=[1, 3])
+    hidden = torch.ones(2, model.num_image_tokens, dtype=torch.bool)
+    codes = model.image_head(
+        model._generation(torch.zeros_like(hidden, dtype=torch.long), hidden, model.pack_captions(texts))[0]
+    ).argmax(-1)
+    batch = {"images": torch.zeros(2, 3, 32, 32), "ids": ["a", "b"], "texts": texts, "codes": codes}
+    read = model.understanding_flow(batch, layers=[1, 3]).hidden_states
+    for layer in (1, 3):
+        torch.testing.assert_close(states[layer], read[layer], atol=1e-5, rtol=1e-4)
+    noisy = [model.regenerate(texts, [3], generator=torch.Generator().manual_seed(s))[3] for s in (0, 0, 1)]
+    assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
+    with pytest.raises(ValueError, match="temperature"):
+        model.regenerate(texts, temperature=0)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_gradient_through_drawing_and_reading(model, hard):
+    """Expected embeddings: equal to finite differences. Straight-through: the gradient is that of the soft pass at hard codes."""
+    small = copy.deepcopy(model).double()
+    weight = small.image_head.of_digit.weight
+
+    def score():
+        return small.regenerate(["a red circle"], [3], temperature=2.0, hard=hard)[3].square().mean()
+
+    gradient = torch.autograd.grad(score(), weight)[0]
+    assert gradient.abs().max() > 0, "the loss reaches the head that draws"
+    if hard:
+        return
+    step = 1e-5
+    for place in [(0, 0), (3, 5), (8, 17)]:
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1):
+                weight[place] += sign * step
+                values.append(float(score()))
+                weight[place] -= sign * step
+        assert float(gradient[place]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-10)

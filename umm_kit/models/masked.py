@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -230,10 +231,12 @@ class MaskedUMM(PreTrainedModel):
     def _embed_text(self, ids: Tensor, position: Tensor) -> Tensor:
         return self.embedding(ids) + self.text_position(position)
 
+    def _place(self) -> Tensor:
+        return (self.row.weight[:, None] + self.column.weight[None]).flatten(0, 1)
+
     def _embed_image(self, codes: Tensor) -> Tensor:
-        place = (self.row.weight[:, None] + self.column.weight[None]).flatten(0, 1)
         table = torch.cat([self.image_embedding.weight, self.mask_embedding.weight])  # the last row is <mask>
-        return nn.functional.embedding(codes, table) + place
+        return nn.functional.embedding(codes, table) + self._place()
 
     def _blocks(
         self, x: Tensor, allowed: Tensor, span: slice, layers: Sequence[int] = (), caches: list[list[Tensor]] | None = None
@@ -254,6 +257,14 @@ class MaskedUMM(PreTrainedModel):
     def _instruction(self, batch: int, device: torch.device) -> Tensor:
         ids = torch.tensor([[self._special("<bos>"), self._special("<understand>")]], device=device).expand(batch, -1)
         return self._embed_text(ids, torch.arange(2, device=device))
+
+    def _read(self, image: Tensor, layers: Sequence[int] = (), caches: list[list[Tensor]] | None = None) -> dict[int, Tensor]:
+        """States of the image tokens [B, N, d] in the understanding flow, before any word, from their embeddings."""
+        b, n = image.shape[:2]
+        allowed = torch.ones(2 + n, 2 + n, dtype=torch.bool, device=image.device).tril()
+        allowed[2:, 2:] = True
+        x = torch.cat([self._instruction(b, image.device), image], 1)
+        return self._blocks(x, allowed.expand(b, -1, -1), slice(2, 2 + n), layers, caches)[1]
 
     def _understanding(
         self, codes: Tensor, packed: Mapping[str, Tensor], layers: Sequence[int] = ()
@@ -372,6 +383,51 @@ class MaskedUMM(PreTrainedModel):
         loss, per_example = token_losses(logits, labels)
         return FlowOutput(loss, per_example, states, self.grid, mask=mask, logits=logits, labels=labels)
 
+    def text_states(self, texts: Sequence[str], layers: Sequence[int] | None = None) -> dict[int, Float[Tensor, "B d"]]:
+        """Layer -> mean state of each text, as generation reads it: an image would come after it, so it has seen none."""
+        ids = self.pack_captions(texts).to(self.device)
+        said = ids != self._special("<pad>")
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        x = self._embed_text(ids, torch.arange(ids.shape[1], device=ids.device))
+        allowed = causal & said[:, None]
+        states = self._blocks(x, allowed, slice(0, ids.shape[1]), as_layers(layers, self.num_layers))[1]
+        weight = said / said.sum(1, keepdim=True)
+        return {layer: (h * weight[..., None]).sum(1) for layer, h in states.items()}
+
+    def regenerate(
+        self,
+        texts: Sequence[str],
+        layers: Sequence[int] | None = None,
+        temperature: float = 1.0,
+        hard: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> dict[int, Float[Tensor, "B N d"]]:
+        """Draw each text in one step and read what was drawn, with gradient through both: z -> image -> z_hat.
+
+        All codes are drawn at once: y = softmax((logits + Gumbel noise) / temperature), and the image is read from the sum of
+        embeddings that y weighs. ``hard``: one code each in the forward pass, y's gradient in the backward pass (straight-
+        through, Jang et al. 2017). Without noise and hardness, these are the expected embeddings at ``temperature``.
+
+        Returns:
+            Layer -> states of the drawn image's tokens in the understanding flow.
+        Raises:
+            ValueError: temperature not above 0.
+        """
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; expected above 0")
+        ids, n = self.pack_captions(texts).to(self.device), self.num_image_tokens
+        codes = torch.zeros(len(ids), n, dtype=torch.long, device=self.device)
+        logits = self.image_head(self._generation(codes, torch.ones_like(codes, dtype=torch.bool), ids)[0])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if generator is not None:
+            u = torch.rand(logits.shape, generator=generator).to(logits.device).clamp_(1e-9, 1 - 1e-7)
+            logits = logits - (-u.log()).log()
+        y = (logits / temperature).softmax(-1)
+        if hard:
+            y = nn.functional.one_hot(y.argmax(-1), y.shape[-1]) + y - y.detach()
+        drawn = y.to(self.dtype) @ self.image_embedding.weight + self._place()
+        return self._read(drawn, as_layers(layers, self.num_layers))
+
     def layer_parameters(self) -> OrderedDict[str, list[nn.Parameter]]:
         """Parameters of each block in order: "block 1" ... "block L"."""
         return OrderedDict((f"block {i}", list(block.parameters())) for i, block in enumerate(self.blocks, start=1))
@@ -405,10 +461,7 @@ class MaskedUMM(PreTrainedModel):
         b, n = codes.shape
         device, eos = codes.device, self._special("<eos>")
         caches: list[list[Tensor]] = [[] for _ in self.blocks]
-        prefix = torch.cat([self._instruction(b, device), self._embed_image(codes)], 1)
-        allowed = torch.ones(2 + n, 2 + n, dtype=torch.bool, device=device).tril()
-        allowed[2:, 2:] = True
-        self._blocks(prefix, allowed.expand(b, -1, -1), slice(0, 0), caches=caches)
+        self._read(self._embed_image(codes), caches=caches)
         said: list[list[int]] = [[] for _ in range(b)]
         ended = torch.zeros(b, dtype=torch.bool, device=device)
         token = prompt[:, 0]
