@@ -13,6 +13,7 @@ from umm_kit.data.shapes import ONE_FLOW, Nuisance, Shapes
 from umm_kit.evaluation import generation, understanding
 from umm_kit.evaluation.understanding import Examiner
 from umm_kit.features import Features, evaluating, extract
+from umm_kit.models.base import Decoding
 from umm_kit.records import command, machine, versions
 
 #: Scenes with one of these are kept from one flow (PretrainConfig.asymmetric), and from every other comparison.
@@ -61,7 +62,15 @@ def mine(runs: Sequence[Any], part: tuple[int, int], done: Callable[[Any], bool]
 
 
 def endpoints(
-    model: Any, split: str, n: int, n_prompts: int, seed: int, texture: str = "mid", progress: bool = True, inpaint: bool = True
+    model: Any,
+    split: str,
+    n: int,
+    n_prompts: int,
+    seed: int,
+    texture: str = "mid",
+    progress: bool = True,
+    inpaint: bool = True,
+    decoding: Decoding = Decoding(),
 ) -> dict[str, list[float]]:
     """What the experiments compare models on: metric -> one outcome per item, in an order that is the same for every model.
 
@@ -78,7 +87,7 @@ def endpoints(
     """
     nuisance = Nuisance(texture=texture)
     data = Shapes(split, n=n, seed=seed, nuisance=nuisance, without=ASYMMETRIC)
-    exam = Examiner(model, seed=seed, progress=progress, n_questions=n, n_prompts=n_prompts)
+    exam = Examiner(model, decoding, seed=seed, progress=progress, n_questions=n, n_prompts=n_prompts)
     with evaluating(model):
         flows = extract(model, data, layers=[0], seed=seed, progress=progress)
         assert isinstance(flows, Features)
