@@ -1,0 +1,174 @@
+"""DPO on rollouts: what is drawn, ranked, kept and trained on; resumption; refusals."""
+
+import copy
+
+import pytest
+import torch
+
+from umm_kit.data.language import vocabulary_corpus
+from umm_kit.data.shapes import Shapes
+from umm_kit.losses.preference import best_and_worst
+from umm_kit.models import load
+from umm_kit.models.base import Decoding
+from umm_kit.models.masked import MaskedUMM
+from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer, Rollouts, roll_out, train
+
+DATA = Shapes("train", n=4096)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    MaskedUMM.tiny(list(vocabulary_corpus())).save_pretrained(folder)
+    return folder
+
+
+def config(folder, **changes):
+    small = dict(
+        output_dir=str(folder), rounds=2, prompts=8, rollouts=3, pairs=4, draws=2, drawing_steps=2, max_steps=4, threshold=0.0,
+        per_device_train_batch_size=8, logging_steps=1, save_steps=2, disable_tqdm=True, use_cpu=True, warmup_steps=0,
+        lr_scheduler_type="constant", learning_rate=1e-3,
+    )  # fmt: skip
+    return PreferenceConfig(**{**small, **changes})
+
+
+def trained(saved, folder, **changes):
+    model = load(saved, device="cpu")
+    trainer = PreferenceTrainer(model, config(folder, **changes), DATA)
+    trainer.fit()
+    return model, trainer
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_rollouts_are_scored_by_what_the_reader_would_say(saved):
+    """By hand: the mean log-likelihood per word of the prompt, given the picture as pixels."""
+    model = load(saved, device="cpu")
+    texts = ["a red circle", "a large blue square"]
+    drawn, scores = roll_out(model, model, texts, 3, Decoding(steps=2), torch.Generator().manual_seed(0))
+    assert drawn.shape == (2, 3, model.num_image_tokens) and scores.shape == (2, 3)
+    for i, text in enumerate(texts):
+        for k in range(3):
+            batch = {"images": model.image_tokenizer.decode(drawn[i, k : k + 1]), "ids": ["x"], "texts": [text]}
+            assert scores[i, k].item() == pytest.approx(-float(model.understanding_flow(batch, []).loss), abs=1e-4)
+    assert len({tuple(row.tolist()) for row in drawn.flatten(0, 1)}) == 6, "each drawing has noise of its own"
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_training_moves_the_margin_and_logs_what_it_did(saved, tmp_path, rank):
+    model, trainer = trained(saved, tmp_path, lora_rank=rank, max_steps=12, rounds=1, preference_weight=20.0, beta=0.5)
+    log = [entry for entry in trainer.state.log_history if "preference_loss" in entry]
+    assert log[0]["preference_loss"] == pytest.approx(0.6931, abs=1e-3) and log[0]["chosen_shift"] == pytest.approx(0, abs=1e-4)
+    assert log[-1]["preference_margin"] > 0.02 > abs(log[0]["preference_margin"])
+    assert {"rollout_best", "rollout_mean", "rollout_worst", "rollout_spread", "pairs_kept"} <= set(log[0])
+    assert log[0]["rollout_best"] > log[0]["rollout_mean"] > log[0]["rollout_worst"] and log[0]["pairs_kept"] == 1
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    before = weights(load(saved, device="cpu"))
+    assert not torch.equal(weights(model), before) and len(weights(model)) == len(before)
+
+
+def test_each_round_draws_with_the_model_as_it_is_then(saved, tmp_path):
+    _, trainer = trained(saved, tmp_path, lora_rank=0, learning_rate=0.05)
+    first, second = (sorted((tmp_path / f"rollouts/{r}").glob("*.safetensors")) for r in (0, 1))
+    assert len(first) == len(second) == 1 and trainer.rollouts.texts != []
+    reference = load(saved, device="cpu")
+    texts = trainer.rollouts.texts
+    generator = torch.Generator().manual_seed(1_000_003 * trainer.args.seed + 8)
+    drawn, _ = roll_out(reference, reference, texts, 3, Decoding(steps=2), generator)
+    assert not torch.equal(drawn, trainer.rollouts.drawn), "the second round is drawn by the trained model"
+
+
+def test_alpha_holds_the_chosen_up(saved, tmp_path):
+    shifts = {}
+    for alpha in (0.0, 50.0):
+        changes = dict(rounds=1, max_steps=10, lora_rank=0, alpha=alpha, understanding_weight=0.0, generation_weight=0.0)
+        _, trainer = trained(saved, tmp_path / str(alpha), **changes)
+        shifts[alpha] = [e for e in trainer.state.log_history if "chosen_shift" in e][-1]["chosen_shift"]
+    assert shifts[50.0] > shifts[0.0]
+
+
+def test_without_preference_nothing_is_drawn(saved, tmp_path):
+    _, trainer = trained(saved, tmp_path, preference_weight=0.0)
+    assert not (tmp_path / "rollouts").exists()
+    assert all("preference_loss" not in entry for entry in trainer.state.log_history)
+
+
+def test_a_stopped_run_goes_on_with_the_same_pairs(saved, tmp_path, monkeypatch):
+    whole, _ = trained(saved, tmp_path / "whole")
+    drawn = PreferenceTrainer.collect
+
+    def stop(self, number):
+        if number == 1:
+            raise KeyboardInterrupt
+        return drawn(self, number)
+
+    monkeypatch.setattr(PreferenceTrainer, "collect", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trained(saved, tmp_path / "cut")
+    monkeypatch.setattr(PreferenceTrainer, "collect", drawn)
+    (tmp_path / "cut/rollouts/1").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cut/rollouts/1/0.safetensors").write_bytes(b"half a file")
+    model = load(saved, device="cpu")
+    PreferenceTrainer(model, config(tmp_path / "cut", resume=True), DATA).fit()
+    torch.testing.assert_close(weights(model), weights(whole), atol=1e-6, rtol=0)
+
+
+def test_train_saves_the_model_with_its_record(saved, tmp_path):
+    train(config(tmp_path, model=str(saved)))
+    assert (tmp_path / "run.json").exists()
+    assert torch.isfinite(weights(load(tmp_path, device="cpu"))).all()
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_pair_is_an_error_that_says_what_to_do(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"none of 8 prompts has a pair.*higher temperature"):
+        trained(saved, tmp_path, threshold=1e6)
+
+
+def test_a_cache_of_other_settings_is_refused(saved, tmp_path):
+    trained(saved, tmp_path)
+    model = load(saved, device="cpu")
+    trainer = PreferenceTrainer(model, config(tmp_path, rollouts=2), DATA)
+    with pytest.raises(ValueError, match="choose another output_dir"):
+        trainer.collect(0)
+
+
+def test_equal_rollouts_are_counted_and_skipped():
+    rollouts = Rollouts(["a", "b"], torch.zeros(2, 3, 4), torch.tensor([[-1.0, -1.0, -1.0], [-2.0, -1.0, -3.0]]))
+    assert best_and_worst(rollouts.scores)[2].tolist() == [False, True]
+    assert rollouts.spread() == pytest.approx(
+        {"rollout_best": -1.0, "rollout_mean": -1.5, "rollout_worst": -2.0, "rollout_spread": 1.0}
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(rollouts=1), "at least two drawings"), (dict(prompts=1), "prompts = 1"), (dict(rounds=9), "do not fit"),
+        (dict(beta=0.0), "beta"), (dict(draws=3), "even"), (dict(threshold=-1.0), "threshold"), (dict(replay_every=1), "replay"),
+    ],
+)  # fmt: skip
+def test_bad_configurations_are_refused(tmp_path, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        config(tmp_path, **wrong)
+
+
+def test_the_frozen_copy_stays(saved, tmp_path):
+    model = load(saved, device="cpu")
+    trainer = PreferenceTrainer(model, config(tmp_path, lora_rank=0), DATA)
+    before = copy.deepcopy(weights(trainer._frozen[0]))
+    trainer.fit()
+    assert torch.equal(weights(trainer._frozen[0]), before) and not torch.equal(weights(model), before)

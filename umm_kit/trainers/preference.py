@@ -1,0 +1,288 @@
+"""Preference optimisation on a model's own drawings: the honest form of what LatentUMM's second stage is after.
+
+In each round the model draws every prompt K times; a frozen reader, a copy of the model as it was, says how well each drawing
+gives the prompt back; the best and the worst become a pair, and the model is trained by DPO against its frozen copy, beside its
+native losses. The oracle has no part in it: it would know what no user's model can be told.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import set_seed
+
+from umm_kit.features import evaluating
+from umm_kit.losses.preference import best_and_worst, dpo
+from umm_kit.models.base import Decoding
+from umm_kit.models.factors import FLOWS
+from umm_kit.records import write_json
+from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record
+from umm_kit.trainers.stages import FlowCollator, Flows, adapters
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PreferenceConfig(UMMArguments):
+    """Configuration of :class:`PreferenceTrainer`."""
+
+    output_dir: str | None = "runs/preference"
+    model: str = field(default="tiny-masked", metadata={"help": "The model to post-train."})
+    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
+    rounds: int = field(default=3, metadata={"help": "How often the model draws anew; the steps are divided among them."})
+    prompts: int = field(default=256, metadata={"help": "Captions that are drawn in each round."})
+    rollouts: int = field(default=4, metadata={"help": "K: drawings of each."})
+    temperature: float = field(default=1.0, metadata={"help": "Of drawing."})
+    drawing_steps: int = field(default=8, metadata={"help": "Rounds of masked prediction in a drawing."})
+    threshold: float = field(
+        default=0.02, metadata={"help": "Best and worst must differ by more, in nats per word of the reader, to be a pair."}
+    )
+    pairs: int = field(default=16, metadata={"help": "Pairs in each step."})
+    draws: int = field(default=8, metadata={"help": "Masks behind each likelihood (see elbo_masks)."})
+    beta: float = field(default=0.05, metadata={"help": "How strongly DPO ties the model to its frozen copy."})
+    alpha: float = field(default=0.0, metadata={"help": "Weight of the chosen drawings' own likelihood, per token."})
+    preference_weight: float = 1.0
+    understanding_weight: float = 1.0
+    generation_weight: float = 1.0
+    lora_rank: int = field(default=8, metadata={"help": "Of adapters on all blocks, merged at the end; 0 trains full weights."})
+    replay_every: int = field(default=4, metadata={"help": "Every how many-th native example is a question and a full drawing."})
+    mask_layout: str = "dispersed"
+    max_steps: int = 300
+    per_device_train_batch_size: int = 32
+    learning_rate: float = 3e-4
+    warmup_steps: float = 20
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.0
+    muon: bool = False
+    save_steps: float = 100
+
+    def __post_init__(self) -> None:
+        if self.rollouts < 2:
+            raise ValueError(f"rollouts is {self.rollouts}; a preference needs at least two drawings of one prompt")
+        least = {"rounds": 1, "prompts": 2, "pairs": 1, "drawing_steps": 1, "lora_rank": 0}
+        if small := [f"{name} = {getattr(self, name)}" for name, n in least.items() if getattr(self, name) < n]:
+            raise ValueError(f"{', '.join(small)}; expected at least {', '.join(f'{k} = {n}' for k, n in least.items())}")
+        if self.rounds > self.max_steps:
+            raise ValueError(f"{self.rounds} rounds do not fit into {self.max_steps} steps")
+        if not self.beta > 0 or min(self.alpha, self.threshold, self.temperature, self.preference_weight) < 0:
+            raise ValueError("beta must be above 0, and alpha, threshold, temperature and weights must not be negative")
+        if self.draws < 2 or self.draws % 2:
+            raise ValueError(f"draws is {self.draws}; masks come in pairs: expected an even number")
+        if self.replay_every == 1 or self.replay_every < 0:
+            raise ValueError(f"replay_every is {self.replay_every}; expected 0 (no replay) or at least 2")
+        super().__post_init__()
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> PreferenceConfig:
+        """A few minutes on a laptop; deviates from the default in sizes and steps only."""
+        return cls(**{"rounds": 2, "prompts": 128, "max_steps": 100, "save_steps": 50, **changes})
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Drawings of one round, and how well the frozen reader finds each prompt in them."""
+
+    texts: list[str]
+    drawn: Tensor  # [n, K, N] codes, or [n, K, 3, H, W] pixels of a family without codes
+    scores: Tensor  # [n, K], log-likelihood per word of the prompt, higher = better
+
+    def spread(self) -> dict[str, float]:
+        """Means over prompts of the best, the mean and the worst score, and of best - worst."""
+        best, mean, worst = self.scores.amax(1).mean(), self.scores.mean(), self.scores.amin(1).mean()
+        parts = {"best": best, "mean": mean, "worst": worst, "spread": best - worst}
+        return {f"rollout_{name}": float(value) for name, value in parts.items()}
+
+
+@torch.no_grad()
+def roll_out(
+    model: Any, reader: Any, texts: Sequence[str], rollouts: int, decoding: Decoding, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw each text K times and score what the reader makes of each: (drawings [n, K, ...], scores [n, K])."""
+    said = [text for text in texts for _ in range(rollouts)]
+    if hasattr(model, "generate_codes"):
+        n = model.num_image_tokens
+        blank = torch.zeros(len(said), n, dtype=torch.long, device=model.device)
+        drawn = model.generate_codes(said, blank, torch.ones_like(blank, dtype=torch.bool), decoding, generator)
+        images = model.image_tokenizer.decode(drawn).float()
+    else:
+        drawn = images = model.generate(said, decoding=decoding, generator=generator)
+    batch = {"images": images, "ids": [str(k) for k in range(len(said))], "texts": said}
+    scores = -reader.understanding_flow(batch, layers=[]).per_example_loss.float()
+    return drawn.cpu().unflatten(0, (len(texts), rollouts)), scores.cpu().unflatten(0, (len(texts), rollouts))
+
+
+class PreferenceTrainer(UMMTrainer):
+    """Trains a model in place by DPO on rollouts of its own, beside its native losses.
+
+    Each round's rollouts are kept in ``output_dir``/rollouts, batch by batch: a crash loses one batch, and a resumed run goes on
+    with the same pairs.
+
+    The log holds, besides both native losses: preference_loss (log 2 at first), preference_margin, preference_accuracy,
+    chosen_shift and rejected_shift (nats, policy - reference: both may fall), and at the start of each round rollout_best, _mean,
+    _worst, _spread, pairs_kept (share of prompts whose drawings differ enough).
+
+    Raises:
+        ValueError: no prompt has a pair (lower the threshold, or draw at a higher temperature); a cache that does not fit.
+    """
+
+    def __init__(self, model: Any, args: PreferenceConfig, train_dataset: Any, **kwargs: Any):
+        self.umm, self.data, self._round = model, train_dataset, -1
+        self.rollouts: Rollouts | None = None
+        self._frozen = (copy.deepcopy(model).eval().requires_grad_(False),)  # in a tuple: no submodule, and in no checkpoint
+        self._trainable = [(p, p.requires_grad) for p in model.parameters()]
+        self._in_layers = [p for group in model.layer_parameters().values() for p in group]
+        if not args.lora_rank:
+            model.requires_grad_(True)
+        if hasattr(model, "image_tokenizer"):
+            model.image_tokenizer.requires_grad_(False)
+        length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        collator = FlowCollator(train_dataset, model.grid, args, args.replay_every)  # type: ignore[arg-type]
+        super().__init__(
+            Step(model), args, train_dataset=Stream(train_dataset, length, args.seed), data_collator=collator, **kwargs
+        )
+
+    # --- rollouts ---
+
+    @property
+    def round(self) -> int:
+        return self.state.global_step * self.args.rounds // max(self.args.max_steps, 1)
+
+    def collect(self, number: int) -> Rollouts:
+        """The rollouts of a round: those of its folder, and what is missing there, drawn by the model as it is now."""
+        args, folder = self.args, Path(str(self.args.output_dir)) / "rollouts" / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = Stream(self.data, args.rounds * args.prompts, args.seed + 2)
+        parts = []
+        size = max(1, 64 // args.rollouts)
+        for start in range(0, args.prompts, size):
+            places = range(number * args.prompts + start, number * args.prompts + min(start + size, args.prompts))
+            texts, file = [item["texts"] for item in stream.__getitems__(places)], folder / f"{start}.safetensors"
+            if not (part := self._kept(file, len(texts))):
+                generator = torch.Generator().manual_seed(1_000_003 * args.seed + places[0])
+                decoding = Decoding(steps=args.drawing_steps, temperature=args.temperature)
+                with evaluating(self.umm):
+                    drawn, scores = roll_out(self.umm, self._frozen[0], texts, args.rollouts, decoding, generator)
+                part = {"drawn": drawn, "scores": scores}
+                if self.is_world_process_zero():
+                    save_file({k: v.contiguous() for k, v in part.items()}, file.with_suffix(".partial"))
+                    file.with_suffix(".partial").replace(file)
+            parts.append((texts, part))
+        texts = [text for some, _ in parts for text in some]
+        return Rollouts(texts, *(torch.cat([part[name] for _, part in parts]) for name in ("drawn", "scores")))
+
+    def _kept(self, file: Path, n: int) -> dict[str, Tensor] | None:
+        """What a batch's file holds; None if there is none or a crash left half of one."""
+        try:
+            part = load_file(file) if file.exists() else None
+        except SafetensorError:
+            return None
+        if part is not None and tuple(part["scores"].shape) != (n, self.args.rollouts):
+            came = tuple(part["scores"].shape)
+            raise ValueError(f"{file} holds scores {came}; this run has {(n, self.args.rollouts)}: choose another output_dir")
+        return part
+
+    def _next_round(self) -> None:
+        self._round, self.rollouts = self.round, self.collect(self.round)
+        chosen, rejected, keep = best_and_worst(self.rollouts.scores, self.args.threshold)
+        rows = keep.nonzero()[:, 0]
+        if not len(rows):
+            came = f"best and worst differ by {self.rollouts.spread()['rollout_spread']:.3f} nats on average"
+            raise ValueError(
+                f"none of {len(keep)} prompts has a pair: {came}, the threshold is {self.args.threshold}; lower it, or draw at a "
+                "higher temperature"
+            )
+        self._pairs = rows, chosen[rows], rejected[rows]
+        self.note_parts({k: torch.tensor(v) for k, v in (self.rollouts.spread() | {"pairs_kept": len(rows) / len(keep)}).items()})
+
+    # --- training ---
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """The parameters ask for gradients afterwards as they did before."""
+        adapting: Any = nullcontext()
+        if self.args.lora_rank:
+            adapting = adapters(self.umm, self._in_layers, self.args.lora_rank, self.args.seed)
+            self.optimizer = None  # type: ignore[assignment]
+        try:
+            with adapting:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            for p, before in self._trainable:
+                p.requires_grad_(before)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        config = self.args
+        if config.preference_weight and self.round != self._round:
+            self._next_round()
+        terms = model(inputs, self._pair() if config.preference_weight else None, config)
+        weights = {f"{flow}_loss": getattr(config, f"{flow}_weight") for flow in (*FLOWS, "preference")}
+        loss = torch.stack([weights[name] * terms[name] for name in weights if name in terms]).sum()
+        self.note_parts(terms)
+        return (loss, {"loss": loss, **terms}) if return_outputs else loss
+
+    def _pair(self) -> dict[str, Any]:
+        """This step's pairs, with the reference's likelihoods under the masks that the policy will be judged by."""
+        assert self.rollouts is not None
+        args, (rows, chosen, rejected) = self.args, self._pairs
+        first = (self.state.global_step * args.world_size + args.process_index) * args.pairs
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + self._round))
+        at = order[(first + torch.arange(args.pairs)) % len(rows)]
+        out: dict[str, Any] = {"texts": [self.rollouts.texts[k] for k in rows[at]], "seed": args.seed + first}
+        for name, which in (("chosen", chosen), ("rejected", rejected)):
+            out[name] = self.rollouts.drawn[rows[at], which[at]].to(args.device)
+            with torch.no_grad():
+                out[f"reference_{name}"] = log_prob(self._frozen[0], out["texts"], out[name], args.draws, out["seed"])
+        return out
+
+
+def log_prob(model: Any, texts: Sequence[str], drawn: Tensor, draws: int, seed: int) -> Tensor:
+    """The model's (surrogate) log-likelihood of drawings; one seed, one set of masks, whatever the model and the drawing."""
+    what = {"images": drawn} if drawn.is_floating_point() else {"codes": drawn}
+    return model.image_log_prob(texts, draws=draws, generator=torch.Generator().manual_seed(seed), **what)
+
+
+class Step(nn.Module):
+    """One step as one module, as a process group wants it: native losses of a batch, and DPO's of some pairs."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self._flows, self._no_split_modules = (Flows(model),), getattr(model, "_no_split_modules", None)
+
+    def forward(self, batch: Mapping[str, Any], pair: Mapping[str, Any] | None, config: PreferenceConfig) -> dict[str, Tensor]:
+        u, g = self._flows[0](batch, [])
+        out = {f"{flow}_loss": r.per_example_loss.mean() for flow, r in zip(FLOWS, (u, g), strict=True)}
+        if pair is None:
+            return out
+        chosen, rejected = (
+            log_prob(self.model, pair["texts"], pair[name], config.draws, pair["seed"]) for name in ("chosen", "rejected")
+        )
+        alpha = config.alpha / getattr(self.model, "num_image_tokens", 1)
+        found = dpo(chosen, rejected, pair["reference_chosen"], pair["reference_rejected"], config.beta, alpha)
+        out |= {"preference_loss": found.loss, "preference_margin": found.margin.mean(), "preference_accuracy": found.accuracy}
+        return out | {"chosen_shift": found.chosen_shift.mean(), "rejected_shift": found.rejected_shift.mean()}
+
+
+def train(config: PreferenceConfig) -> Any:
+    """Post-train ``config.model`` on its own drawings of ``config.data``, and save it with its run record."""
+    from umm_kit.data import open_data
+    from umm_kit.models import load
+
+    set_seed(config.seed)
+    model = load(config.model, device="cpu")
+    trainer = PreferenceTrainer(model, config, open_data(config.data, "train", seed=config.seed, image_size=model.image_size))
+    trainer.fit()
+    if trainer.is_world_process_zero():
+        model.eval().save_pretrained(str(config.output_dir))
+        record = run_record(config, trainer.seconds(), trainer.state.log_history)
+        write_json(Path(str(config.output_dir)) / "run.json", record)
+    return model
