@@ -23,6 +23,7 @@ TRAINERS = {
     "masked": ("umm_kit.trainers.pretrain", "PretrainConfig"),
     "teacher": ("umm_kit.trainers.teacher", "TeacherConfig"),
     "diva": ("umm_kit.trainers.diva", "DIVAConfig"),
+    "latentumm": ("umm_kit.trainers.latentumm", "LatentUMMConfig"),
     "preference": ("umm_kit.trainers.preference", "PreferenceConfig"),
 }
 #: name -> module of umm_kit.experiments, and the function in it that does what has no record yet and returns a report

@@ -23,7 +23,7 @@ from transformers import set_seed
 
 from umm_kit.features import evaluating
 from umm_kit.losses.preference import best_and_worst, dpo
-from umm_kit.models.base import Decoding
+from umm_kit.models.base import Decoding, FlowOutput
 from umm_kit.models.factors import FLOWS
 from umm_kit.records import write_json
 from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record
@@ -82,6 +82,11 @@ class PreferenceConfig(UMMArguments):
             raise ValueError(f"replay_every is {self.replay_every}; expected 0 (no replay) or at least 2")
         super().__post_init__()
 
+    @property
+    def draws_pairs(self) -> bool:
+        """Whether the model draws and is trained on pairs of drawings."""
+        return self.preference_weight > 0
+
     @classmethod
     def tiny(cls, **changes: Any) -> PreferenceConfig:
         """A few minutes on a laptop; deviates from the default in sizes and steps only."""
@@ -135,7 +140,7 @@ class PreferenceTrainer(UMMTrainer):
         ValueError: no prompt has a pair (lower the threshold, or draw at a higher temperature); a cache that does not fit.
     """
 
-    def __init__(self, model: Any, args: PreferenceConfig, train_dataset: Any, **kwargs: Any):
+    def __init__(self, model: Any, args: PreferenceConfig, train_dataset: Any, step: Step | None = None, **kwargs: Any):
         self.umm, self.data, self._round = model, train_dataset, -1
         self.rollouts: Rollouts | None = None
         self._frozen = (copy.deepcopy(model).eval().requires_grad_(False),)  # in a tuple: no submodule, and in no checkpoint
@@ -147,9 +152,8 @@ class PreferenceTrainer(UMMTrainer):
             model.image_tokenizer.requires_grad_(False)
         length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         collator = FlowCollator(train_dataset, model.grid, args, args.replay_every)  # type: ignore[arg-type]
-        super().__init__(
-            Step(model), args, train_dataset=Stream(train_dataset, length, args.seed), data_collator=collator, **kwargs
-        )
+        stream = Stream(train_dataset, length, args.seed)
+        super().__init__(step or Step(model), args, train_dataset=stream, data_collator=collator, **kwargs)
 
     # --- rollouts ---
 
@@ -220,14 +224,17 @@ class PreferenceTrainer(UMMTrainer):
                 p.requires_grad_(before)
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        config = self.args
-        if config.preference_weight and self.round != self._round:
+        pairs = self.args.draws_pairs
+        if pairs and self.round != self._round:
             self._next_round()
-        terms = model(inputs, self._pair() if config.preference_weight else None, config)
-        weights = {f"{flow}_loss": getattr(config, f"{flow}_weight") for flow in (*FLOWS, "preference")}
-        loss = torch.stack([weights[name] * terms[name] for name in weights if name in terms]).sum()
+        terms = model(inputs, self._pair() if pairs else None, self.args)
+        loss = torch.stack([weight * terms[name] for name, weight in self.weights().items() if name in terms]).sum()
         self.note_parts(terms)
         return (loss, {"loss": loss, **terms}) if return_outputs else loss
+
+    def weights(self) -> dict[str, float]:
+        """Of every term of the loss."""
+        return {f"{name}_loss": getattr(self.args, f"{name}_weight") for name in (*FLOWS, "preference")}
 
     def _pair(self) -> dict[str, Any]:
         """This step's pairs, with the reference's likelihoods under the masks that the policy will be judged by."""
@@ -259,16 +266,21 @@ class Step(nn.Module):
         self._flows, self._no_split_modules = (Flows(model),), getattr(model, "_no_split_modules", None)
 
     def forward(self, batch: Mapping[str, Any], pair: Mapping[str, Any] | None, config: PreferenceConfig) -> dict[str, Tensor]:
-        u, g = self._flows[0](batch, [])
-        out = {f"{flow}_loss": r.per_example_loss.mean() for flow, r in zip(FLOWS, (u, g), strict=True)}
-        if pair is None:
-            return out
+        return self.native(batch, [])[0] | (self.preferred(pair, config) if pair is not None else {})
+
+    def native(self, batch: Mapping[str, Any], layers: Sequence[int]) -> tuple[dict[str, Tensor], FlowOutput, FlowOutput]:
+        """Both losses, and what the flows left behind."""
+        u, g = self._flows[0](batch, layers)
+        return {f"{flow}_loss": r.per_example_loss.mean() for flow, r in zip(FLOWS, (u, g), strict=True)}, u, g
+
+    def preferred(self, pair: Mapping[str, Any], config: PreferenceConfig) -> dict[str, Tensor]:
+        """DPO's loss on pairs, and what it did."""
         chosen, rejected = (
             log_prob(self.model, pair["texts"], pair[name], config.draws, pair["seed"]) for name in ("chosen", "rejected")
         )
         alpha = config.alpha / getattr(self.model, "num_image_tokens", 1)
         found = dpo(chosen, rejected, pair["reference_chosen"], pair["reference_rejected"], config.beta, alpha)
-        out |= {"preference_loss": found.loss, "preference_margin": found.margin.mean(), "preference_accuracy": found.accuracy}
+        out = {"preference_loss": found.loss, "preference_margin": found.margin.mean(), "preference_accuracy": found.accuracy}
         return out | {"chosen_shift": found.chosen_shift.mean(), "rejected_shift": found.rejected_shift.mean()}
 
 
