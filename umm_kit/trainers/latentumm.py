@@ -296,7 +296,10 @@ class LatentUMMTrainer(PreferenceTrainer):
         self.monitor = CollapseMonitor()
         width = self.teacher.dim if self.teacher else model.hidden_size  # without a teacher G's space is of no meaning
         heads = args.target_weight > 0 or args.capacity == "heads" or args.preference == "released"
-        super().__init__(model, args, train_dataset, step=LatentStep(model, width if heads else 0), **kwargs)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            step = LatentStep(model, width if heads else 0)
+        super().__init__(model, args, train_dataset, step=step, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         if self.teacher is not None:
