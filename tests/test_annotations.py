@@ -21,12 +21,14 @@ from torch import Tensor
 from umm_kit import statistics
 from umm_kit.data.language import vocabulary_corpus
 from umm_kit.data.shapes import Shapes
-from umm_kit.diagnostics import geometry, maps, mutual_information, similarity, spectrum
+from umm_kit.diagnostics import collapse, geometry, maps, mutual_information, similarity, spectrum
+from umm_kit.losses import alignment, preference
 from umm_kit.models import base, tokenizers
 from umm_kit.models.base import FlowOutput, collate
 from umm_kit.models.masked import MaskedUMM
 
 MODULES = (geometry, spectrum, similarity, mutual_information, maps, base, tokenizers, statistics)
+MODULES += (alignment, preference, collapse)
 CONF = BeartypeConf(is_pep484_tower=True)  # 1 is a float
 
 # Few rows of noise: each diagnosis has something to warn about, and none of it matters here.
@@ -40,6 +42,7 @@ def randn(*shape):
 POOLED, OTHER, NARROW = randn(20, 4), randn(20, 4) + randn(20, 1), randn(20, 3)
 TOKENS = randn(20, 6, 4)  # on a grid of 2 x 3
 ARRAY = POOLED.double().numpy()
+ARRAY_T = torch.from_numpy(ARRAY)
 MASK = torch.arange(6).expand(20, 6) % 3 == 0
 IMAGES, CODES, LEVELS = torch.rand(2, 3, 8, 8), torch.arange(8).view(2, 4), torch.tensor([4, 3])
 BIT, SCORE = np.arange(20) % 3 == 0, ARRAY[:, 0]
@@ -48,6 +51,8 @@ SPECTRUM = spectrum.token_spectrum(TOKENS, (2, 3))
 TOKENIZER = tokenizers.ImageTokenizer(
     tokenizers.ImageTokenizerConfig(image_size=8, patch_size=4, channels=8, depth=1, levels=(4, 3))
 ).eval()
+
+ALIGNED = alignment.latent_alignment((POOLED, OTHER), (NARROW, NARROW), (POOLED, OTHER), "vicreg")
 
 #: function -> calls that are right: one for each kind of array and number of axes that it promises to take
 CALLS: dict[Any, list[tuple]] = {
@@ -77,6 +82,7 @@ CALLS: dict[Any, list[tuple]] = {
     base.check_images: [(IMAGES,), (IMAGES, (8, 8))],
     base.draw_mask: [(5, (2, 3)), (1, (4, 4), 1), (3, (4, 2), (0.2, 0.6), "contiguous")],
     base.choose_mask: [(MASK, 20, (2, 3), 0.5, "dispersed", None), (None, 3, (4, 2), 0.5, "dispersed", None)],
+    base.elbo_masks: [(3, 5, 4), (1, 4)],
     base.token_losses: [(randn(2, 5, 7), torch.randint(7, (2, 5)))],
     tokenizers.ChannelNorm.forward: [(tokenizers.ChannelNorm(3), IMAGES)],
     tokenizers.ResidualBlock.forward: [(tokenizers.ResidualBlock(8), randn(2, 8, 3, 4))],
@@ -88,6 +94,14 @@ CALLS: dict[Any, list[tuple]] = {
     tokenizers.ImageTokenizer.reconstruct: [(TOKENIZER, IMAGES)],
     tokenizers.ImageTokenizer.forward: [(TOKENIZER, IMAGES)],
     tokenizers.codebook_use: [(CODES, 8), (CODES[0], 8)],
+    alignment.vicreg: [(POOLED,), (NARROW, 0.5)],
+    alignment.latent_alignment: [((POOLED, OTHER),), ((POOLED, OTHER), (NARROW, NARROW), (ARRAY_T, ARRAY_T), "vicreg")],
+    preference.released_preference: [(POOLED,)],
+    preference.best_and_worst: [(POOLED,), (NARROW, 0.5)],
+    preference.dpo: [tuple(POOLED.T)],
+    preference.velocity_score: [(POOLED, OTHER), (TOKENS, TOKENS)],
+    collapse.collapse: [(POOLED, OTHER), (ARRAY, POOLED)],
+    collapse.CollapseMonitor.update: [(collapse.CollapseMonitor(), POOLED, OTHER)],
     statistics.bootstrap: [(SCORE,), (BIT,), (POOLED[:, 0],), (pd.Series(SCORE),), ([1, 0, 1],)],
     statistics.bootstrap_ratio: [(BIT, np.ones(20)), ([1, 0, 1], [1, 2, 3])],
     statistics.paired_difference: [(SCORE, BIT), (ARRAY[:, :2], ARRAY[:, 1:3] ** 2), ([1, 0, 1], [0, 0, 1])],
@@ -97,10 +111,11 @@ EXCEPTIONS = {
     "UnifiedModel.generation_flow": "the body is the family's",
     "UnifiedModel.understand": "the body is the family's",
     "UnifiedModel.generate": "the body is the family's",
+    "LatentAlignment.weighted": "its arguments are named after the parts, as many as are wanted; tested in test_alignment",
     "check_model": "takes any model, that is the point of it; no array",
 }
 #: They take any number of leading axes.
-ANY_AXES = (tokenizers.fsq, tokenizers.code_digits, tokenizers.codebook_use)
+ANY_AXES = (preference.velocity_score, tokenizers.fsq, tokenizers.code_digits, tokenizers.codebook_use)
 
 
 @functools.cache
@@ -243,6 +258,9 @@ def instances():
         geometry.reconstruction_residual(POOLED, OTHER),
         maps.latent_map(POOLED),
         maps.paired_map(POOLED, OTHER, range(20)),
+        alignment.vicreg(POOLED),
+        ALIGNED,
+        preference.dpo(*POOLED.T),
     ]
     return {kind: [x for x in made if type(x) is kind] for kind in dict.fromkeys(map(type, made))}
 
