@@ -289,3 +289,29 @@ def test_forest_fills_what_excludes_zero_and_asks_for_equal_labels():
     for bad in ({}, {"a": []}, {"a": rows, "b": rows[:2]}):
         with pytest.raises(ValueError, match="same labels"):
             plots.forest(bad, "gain")
+
+
+# --- drift -------------------------------------------------------------------------------------------------------------
+
+
+def drift_frame(metrics):
+    rows = [(k, m, 1 / (k + j + 1), 0.0, 1.0, 64) for j, m in enumerate(metrics) for k in (1, 2, 3)]
+    return pd.DataFrame(rows, columns=["cycle", "metric", "value", "low", "high", "n"])
+
+
+def test_drift_draws_the_panels_that_have_numbers():
+    figure = plots.drift(drift_frame(["survival", "recall", "floor", "ceiling", "latent_cosine"]))
+    assert [ax.get_title() for ax in figure.axes] == ["what survives", "facts", "latents"]
+    lines = {line.get_label(): line for line in figure.axes[1].lines}
+    np.testing.assert_allclose(lines["recall"].get_ydata(), [1 / 3, 1 / 4, 1 / 5])
+    assert lines["floor"].get_linestyle() == lines["ceiling"].get_linestyle() == "--" != lines["recall"].get_linestyle()
+    assert "n = 64" in figure.axes[0].get_xlabel()
+
+
+def test_drift_by_category_leaves_out_what_could_not_be_measured():
+    rows = [(c, k, v, v, v) for c, v in (("colour", 0.5), ("size", np.nan)) for k in (1, 2)]
+    figure = plots.drift(drift_frame(["survival"]), pd.DataFrame(rows, columns=["category", "cycle", "value", "low", "high"]))
+    assert [ax.get_title() for ax in figure.axes] == ["what survives", "by category"]
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["colour"]
+    with pytest.raises(ValueError, match="none of the metrics"):
+        plots.drift(drift_frame(["loss"]))

@@ -4,7 +4,7 @@ Nothing here touches pyplot's global state, because a widget's callback may draw
 arrays too. Colours stay apart under the common forms of colour blindness, and nothing is told by hue alone.
 """
 
-from umm_kit.plots.lines import Panel, band, cumulative, curves, diagnosis, forest, probes, scores, training
+from umm_kit.plots.lines import Panel, band, cumulative, curves, diagnosis, drift, forest, probes, scores, training
 from umm_kit.plots.pictures import TEXT_SIZE, as_array, as_pixels, image_grid, token_colours, token_maps
 from umm_kit.plots.points import gradient_arrows, heat_map, latent_map, readings
 
@@ -17,6 +17,7 @@ __all__ = [
     "cumulative",
     "curves",
     "diagnosis",
+    "drift",
     "forest",
     "gradient_arrows",
     "heat_map",

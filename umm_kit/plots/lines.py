@@ -286,3 +286,39 @@ def probes(frame: Any, size: tuple[float, float] = (3.7, 3.0)) -> Figure:
         measure = ", ".join(sorted(set(mine.measure)))
         panels.append(Panel(f"{flow}: {kind}", "layer", measure, lines | {name: (control.layer, control.control)}, [name]))
     return curves(panels, columns=2, size=size)
+
+
+_DRIFT = {
+    "what survives": ("share of what can be kept", ("survival",)),
+    "facts": ("share of step-0 facts", ("recall", "ceiling", "floor")),
+    "latents": ("cosine to step 0", ("latent_cosine", "latent_cosine_floor", "teacher_cosine", "teacher_cosine_floor")),
+    "captions and losses": ("share", ("caption_edit_distance", "retrieval_rank", "lost")),
+}
+
+
+def drift(frame: Any, categories: Any = None, columns: int = 4) -> Figure:
+    """Panels of :class:`umm_kit.evaluation.drift.Drift` against cycles: what survives, what bounds it, where latents go.
+
+    Args:
+        frame: columns cycle, metric, value, low, high, n, as ``Drift.to_frame`` has; panels without a metric are left out.
+        categories: columns category, cycle, value, low, high, as ``Drift.by_category`` has: one more panel.
+
+    Raises:
+        ValueError: no metric that is known.
+    """
+    panels = []
+    for title, (unit, metrics) in _DRIFT.items():
+        mine = frame[frame.metric.isin(metrics)]
+        series = {name: mine[mine.metric == name].sort_values("cycle") for name in metrics if (mine.metric == name).any()}
+        lines = {name.replace("_", " "): (rows.cycle, rows.value, rows.low, rows.high) for name, rows in series.items()}
+        nulls = [name for name in lines if name.endswith("floor") or name == "ceiling"]
+        if lines:
+            panels.append(Panel(title, f"cycle (n = {mine.n.max()})", unit, lines, nulls))
+    if not panels:
+        known = [metric for _, metrics in _DRIFT.values() for metric in metrics]
+        raise ValueError(f"the frame holds none of the metrics {known}")
+    if categories is not None and len(categories):
+        rows = {name: group.sort_values("cycle") for name, group in categories.groupby("category", sort=False)}
+        lines = {name: (g.cycle, g.value, g.low, g.high) for name, g in rows.items() if np.isfinite(g.value.astype(float)).any()}
+        panels.insert(1, Panel("by category", "cycle", "share of what can be kept", lines))
+    return curves(panels, columns)
