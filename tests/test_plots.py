@@ -316,3 +316,13 @@ def test_drift_by_category_leaves_out_what_could_not_be_measured():
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["colour"]
     with pytest.raises(ValueError, match="none of the metrics"):
         plots.drift(drift_frame(["loss"]))
+
+
+def test_paths_end_where_they_are_asked_to():
+    points = np.random.default_rng(0).normal(size=(4, 5, 2))
+    ax = plots.paths(points, item=2, upto=1).axes[0]
+    way = next(line for line in ax.lines if line.get_label() == "this item")
+    np.testing.assert_allclose(np.c_[way.get_xdata(), way.get_ydata()], points[:2, 2])
+    for bad in (dict(item=5), dict(upto=4)):
+        with pytest.raises(ValueError):
+            plots.paths(points, **bad)

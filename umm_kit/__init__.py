@@ -25,6 +25,8 @@ _NAMES = {
     "evaluate": "umm_kit.evaluation",
     "compare": "umm_kit.evaluation",
     "audit": "umm_kit.evaluation.audit",
+    "drift": "umm_kit.evaluation.drift",
+    "Drift": "umm_kit.evaluation.drift",
     "PretrainTrainer": "umm_kit.trainers.pretrain",
     "PretrainConfig": "umm_kit.trainers.pretrain",
     "DIVATrainer": "umm_kit.trainers.diva",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from umm_kit.diagnostics.report import diagnose
     from umm_kit.evaluation import compare, evaluate
     from umm_kit.evaluation.audit import audit
+    from umm_kit.evaluation.drift import Drift, drift
     from umm_kit.features import extract
     from umm_kit.models import load
     from umm_kit.models.base import Decoding, check_model, collate, draw_mask
@@ -48,9 +51,9 @@ if TYPE_CHECKING:
     from umm_kit.trainers.pretrain import PretrainConfig, PretrainTrainer
 
 __all__ = [
-    "DIVAConfig", "DIVATrainer", "Decoding", "Digits", "ImageText", "Nuisance", "Oracle", "PretrainConfig", "PretrainTrainer",
-    "Shapes", "__version__", "audit", "check_model", "collate", "compare", "diagnose", "draw_mask", "evaluate", "expect",
-    "extract", "load",
+    "DIVAConfig", "DIVATrainer", "Decoding", "Digits", "Drift", "ImageText", "Nuisance", "Oracle", "PretrainConfig",
+    "PretrainTrainer", "Shapes", "__version__", "audit", "check_model", "collate", "compare", "diagnose", "draw_mask",
+    "drift", "evaluate", "expect", "extract", "load",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command ``umm-kit``: train, evaluate, check, info, reproduce, notebooks, figures.
+"""The command ``umm-kit``: train, evaluate, drift, check, info, reproduce, notebooks, figures.
 
 Every subcommand takes ``--config FILE.yaml`` whose keys are its options; what stands on the command line wins. A user's
 mistake is one line and exit status 2; ``--traceback`` shows where it came from. Heavy imports wait for the subcommand.
@@ -106,6 +106,17 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--mask-ratios", nargs="+", type=float, default=[0.2, 0.4, 0.6], help="(default: 0.2 0.4 0.6)")
     sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw DIVA's Figure 2 of this model")
     sub.add_argument("--along", action="store_true", help="only gradient conflict, at each checkpoint that is kept in MODEL")
+
+    sub = command(drift, model, split, seed, texture, record)
+    sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
+    sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
+    sub.add_argument("--cycles", type=int, default=8, help="of text to image to text (default: %(default)s)")
+    sub.add_argument("--start", choices=("text", "image"), default="text", help="(default: %(default)s)")
+    sub.add_argument("--repeats", type=int, default=1, help="runs with other noise (default: %(default)s)")
+    sub.add_argument(
+        "--teacher", metavar="NAME", help="a CLIP-like model (shipped, folder or id in the local cache) to see by, too"
+    )
+    sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw what survives")
 
     sub = command(audit, model, split, seed, texture, record)
     sub.add_argument("--n", type=int, default=2000, help="scenes (default: %(default)s)")
@@ -224,6 +235,36 @@ def diagnose(args: argparse.Namespace) -> int:
     print(f"{found.summary()}\n{found.record['seconds']:.0f} seconds on {found.record['device']}")
     if args.output:
         found.save(args.output)
+        print(f"written to {args.output}")
+    if args.figure:
+        args.figure.parent.mkdir(parents=True, exist_ok=True)
+        found.plot().savefig(args.figure, dpi=150)
+        print(f"drawn to {args.figure}")
+    return 0
+
+
+def drift(args: argparse.Namespace) -> int:
+    """take a model around text to image to text, and say what is left of the meaning after every cycle, with intervals"""
+    import umm_kit as uk
+    from umm_kit.models.teachers import load_teacher
+    from umm_kit.records import command, write_json
+
+    model, data = _opened(args)
+    teacher = load_teacher(args.teacher) if args.teacher else None
+    found = uk.drift(model, data, args.cycles, args.start, args.repeats, args.seed, teacher=teacher)
+    found.record |= {"model": args.model, "command": command(args.argv)}
+    frame = found.to_frame()
+    print(
+        found,
+        frame.pivot_table(index="cycle", columns="metric", values="value", sort=False).to_string(float_format="%.3f"),
+        sep="\n",
+    )
+    print(f"{found.record['seconds']:.0f} seconds on {found.record['device']}")
+    if args.output:
+        rows = frame.to_dict("records")
+        if found.facts is not None:
+            rows += found.by_category().assign(metric=lambda f: "survival of " + f.category).to_dict("records")
+        write_json(args.output, {"record": found.record, "notes": found.notes, "rows": rows})
         print(f"written to {args.output}")
     if args.figure:
         args.figure.parent.mkdir(parents=True, exist_ok=True)

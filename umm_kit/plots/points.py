@@ -182,3 +182,33 @@ def readings(scene: Any, step: int | None = None) -> Figure:
     mark = None if step is None else float(scene.x[step])
     lines = {axis: {name: (scene.x, values) for name, values in found.items()} for axis, found in scene.readings.items()}
     return curves([Panel("", scene.xlabel, axis, found, scene.references, mark) for axis, found in lines.items()])
+
+
+def paths(points: Any, item: int = 0, upto: int | None = None, size: float = 3.4) -> Figure:
+    """The way of one item over cycles, in front of where all items stood at first.
+
+    Args:
+        points: [cycles + 1, items, 2], as ``Drift.paths`` gives. upto: the last cycle that is drawn; all by default.
+
+    Raises:
+        ValueError: another shape, or no such item or cycle.
+    """
+    where = as_array(points).astype(float)
+    if where.ndim != 3 or where.shape[2] != 2 or not 0 <= item < where.shape[1]:
+        raise ValueError(f"points are {where.shape}, item {item}; expected [cycles + 1, items, 2] and one of the items")
+    last = len(where) - 1 if upto is None else upto
+    if not 0 <= last < len(where):
+        raise ValueError(f"cycle {last} of {len(where) - 1} was asked for")
+    figure = Figure(figsize=(size, size), layout="constrained")
+    ax = figure.subplots()
+    ax.scatter(where[0, :, 0], where[0, :, 1], s=8, color="0.75", label="all items, step 0")
+    way = where[: last + 1, item]
+    ax.plot(*way.T, color="C0", linewidth=1.2, marker="o", markersize=3, label="this item")
+    ax.plot(*way[0], "s", color="C1", markersize=7, label="its origin")
+    ax.plot(*way[-1], "*", color="C3", markersize=11, label=f"cycle {last}")
+    low, high = where.min((0, 1)), where.max((0, 1))
+    margin = 0.05 * (high - low) + 1e-9
+    ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+    ax.set(xlabel="component 1", ylabel="component 2")
+    ax.legend(fontsize=TEXT_SIZE - 1, loc="best")
+    return figure

@@ -1,0 +1,77 @@
+"""The drift player: one item on its way around, with what it keeps, what it loses and what it denies."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import ipywidgets
+
+from umm_kit import plots
+from umm_kit.evaluation.drift import Drift
+from umm_kit.evaluation.facts import DENIED, KEPT
+from umm_kit.widgets import pixel_png, png
+
+_LOOK = {KEPT: ("✓", "#0b6e4f", "#e3f4ec"), DENIED: ("✗", "#9d0208", "#fde8e8")}  # a mark, and not the colour alone
+_LOST = ("–", "#555555", "#eeeeee")
+
+
+class DriftPlayer(ipywidgets.VBox):
+    """Sliders over items and half-steps: the picture or the caption of then, and every fact of the origin.
+
+    Args:
+        drift: what :func:`umm_kit.drift` returned; it keeps the pictures of the first few items, and only those can be played.
+
+    Attributes:
+        item, step: the sliders; setting their ``.value`` draws anew.
+        said: what stands at this step, in words.
+
+    Raises:
+        ValueError: no pictures were kept.
+    """
+
+    def __init__(self, drift: Drift):
+        self.drift, self.trace = drift, drift.traces[0]
+        kept = min((len(images) for images in self.trace.images.values()), default=0)
+        if not kept:
+            raise ValueError("no pictures were kept; run uk.drift(..., keep=8) to play the first eight items")
+        steps = len(self.trace.kinds) - 1
+        self.item = ipywidgets.IntSlider(0, 0, kept - 1, description="item", continuous_update=False).add_class("umm-item")
+        self.step = ipywidgets.IntSlider(0, 0, steps, description="half-step", continuous_update=False).add_class("umm-step")
+        square = ipywidgets.Layout(width="256px", height="256px")
+        self.picture = ipywidgets.Image(layout=square).add_class("umm-picture")
+        self.path = ipywidgets.Image(layout=ipywidgets.Layout(width="340px", height="auto")).add_class("umm-path")
+        self.said, self.facts = ipywidgets.HTML().add_class("umm-said"), ipywidgets.HTML().add_class("umm-facts")
+        controls = ipywidgets.HBox([self.item, self.step])
+        super().__init__([controls, self.said, ipywidgets.HBox([self.picture, self.path]), self.facts])
+        for control in (self.item, self.step):
+            control.observe(lambda _: self._draw(), "value")
+        self._draw()
+
+    def _draw(self) -> None:
+        k, i, trace = self.step.value, self.item.value, self.trace
+        seen = max((step for step in trace.images if step <= k), default=None)  # of a text, the picture it was read from
+        blank = plots.as_array(next(iter(trace.images.values()))[i]) * 0 + 1
+        self.picture.value = pixel_png(blank if seen is None else trace.images[seen][i])
+        told = max((step for step in trace.texts if step <= k), default=None)
+        words = "" if told is None else html.escape(trace.texts[told][i])
+        state = f"half-step {k} of {len(trace.kinds) - 1} ({trace.kinds[k]}, {trace.status(k)[i]})"
+        self.said.value = f"<p>{state}: {words}</p>"
+        self.path.value = png(plots.paths(self.drift.paths(), i, k // 2))
+        self.facts.value = self._chips(k, i)
+
+    def _chips(self, k: int, i: int) -> str:
+        if self.drift.facts is None:
+            return "<p>These data have no known factors.</p>"
+        table, chips = self.drift.table, []
+        for row in (table.owner == i).nonzero()[0]:
+            mark, ink, paper = _LOOK.get(int(self.drift.status[0, k, row]), _LOST)
+            about = html.escape(table.describe(int(row)))
+            look = f"color:{ink};background:{paper};border-radius:4px;padding:1px 6px;margin:2px;display:inline-block"
+            chips.append(f'<span style="{look}">{mark} {about}</span>')
+        return f"<p>{''.join(chips)}</p>"
+
+
+def drift_player(drift: Drift) -> Any:
+    """A :class:`DriftPlayer`."""
+    return DriftPlayer(drift)
