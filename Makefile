@@ -10,7 +10,7 @@ reproduce: .venv  ## run every notebook on the shipped models and compare what c
 	$(BIN)/umm-kit reproduce
 
 test: .venv  ## lint, types, every test
-	$(BIN)/ruff check && $(BIN)/mypy && $(BIN)/pytest
+	$(BIN)/ruff check && $(BIN)/mypy && $(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: .venv  ## lint and the quick tests
 	$(BIN)/ruff check && $(BIN)/pytest -m "not (slow or distributed or notebook or browser)"

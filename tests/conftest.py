@@ -4,6 +4,8 @@ import os
 
 # Before torch, transformers or matplotlib are imported: nothing may reach for a network or a display.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes on two cores: more threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("UMM_KIT_STRICT", "UMM_KIT_CLAIMS"):
     os.environ.pop(name, None)
 

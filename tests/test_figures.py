@@ -15,6 +15,7 @@ from umm_kit.figures import FIGURES, arms, conflict_along, frontier, interferenc
 def folder(root, tmp_path):
     shutil.copytree(root / "figures/data", tmp_path / "figures/data")
     shutil.copy(root / "figures/umm.mplstyle", tmp_path / "figures")
+    shutil.copytree(root / "experiments", tmp_path / "experiments")
     return tmp_path / "figures"
 
 
@@ -28,9 +29,10 @@ def test_the_same_numbers_give_the_same_bytes(folder, capsys):
 
 def test_every_number_says_how_it_was_made(folder):
     for path, _ in FIGURES.values():
-        content = json.loads((folder / path).read_text())
-        record = content.get("record", content)
-        assert record["command"].split()[0] in ("umm-kit", "python") and record["versions"]["torch"] and record["device"]
+        lines = (folder / path).read_text().splitlines() if path.suffix == ".jsonl" else [(folder / path).read_text()]
+        for content in map(json.loads, lines):
+            record = content.get("record", content)
+            assert record["command"].split()[0] in ("umm-kit", "python") and record["versions"]["torch"] and record["device"]
 
 
 def test_committed_figures_are_drawn(root):
@@ -125,4 +127,4 @@ def test_the_atlas_shows_complete_cells_alone():
     ]  # fmt: skip
     figure = interference_atlas(pd.DataFrame(rows))
     assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["understanding", "generation"] * 2
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["width 48, none, 1 in 4, 1,600 steps, 1"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["width 48, texture none, 1 in 4, seed 1"]

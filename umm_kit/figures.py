@@ -87,10 +87,10 @@ def interference_atlas(frame: pd.DataFrame) -> Figure:
         frame: as :func:`umm_kit.experiments.atlas.interference` returns it.
     """
     titles = {
-        "understanding_loss": "understanding: loss (nats)",
-        "generation_loss": "generation: loss (nats)",
-        "understanding": "understanding: share right",
-        "generation": "generation: share right",
+        "understanding_loss": "understanding: nats",
+        "generation_loss": "generation: nats",
+        "understanding": "understanding: share",
+        "generation": "generation: share",
     }
     order = ["width", "texture", "every", "steps", "seed"]
     complete = frame.groupby(order).metric.transform("nunique") == frame.metric.nunique()
@@ -98,7 +98,10 @@ def interference_atlas(frame: pd.DataFrame) -> Figure:
     for metric, title in titles.items():
         rows = frame[complete & (frame.metric == metric)].sort_values(order, ascending=[True, False, False, True, True])
         values = rows[[*order, "interference", "low", "high"]].itertuples(index=False)
-        panels[title] = [(f"width {w}, {t}, 1 in {e}, {n:,} steps, {s}", *effect) for w, t, e, n, s, *effect in values]
+        long = rows.steps.nunique() > 1
+        panels[title] = [
+            (f"width {w}, texture {t}, 1 in {e}, {f'{n:,} steps, ' * long}seed {s}", *effect) for w, t, e, n, s, *effect in values
+        ]
     return plots.forest(panels, "interference", columns=2)
 
 
@@ -208,6 +211,12 @@ def _oracle(path: Path) -> Figure:
     return oracle_honesty(json.loads(path.read_text())["oracle"])
 
 
+def _planted(path: Path) -> Figure:
+    from umm_kit.experiments import Ledger, planted
+
+    return planted_levels(planted.levels(planted.frame_of(Ledger(path).records())))
+
+
 def _scores(path: Path) -> Figure:
     content = json.loads(path.read_text())
     frame = pd.DataFrame(content["metrics"])
@@ -221,12 +230,14 @@ def _training(path: Path) -> Figure:
     return learning_curves(json.loads(path.read_text())["log"])
 
 
-#: name -> its numbers, in figures/data or in the folder of the shipped model; how they are drawn
+#: name -> its numbers, in figures/data, in the records of an experiment or in the folder of a shipped model; how they are drawn
 FIGURES: dict[str, tuple[Path, Callable[[Path], Figure]]] = {
     "diagnosis": (Path("data/diagnosis.json"), _diagnosis),
     "conflict_along": (Path("data/conflict_along.json"), _along),
     "mutual_information": (Path("data/mutual_information.json"), _calibration),
     "oracle": (Path("data/oracle.json"), _oracle),
+    "interference": (Path("../experiments/atlas.jsonl"), _atlas),
+    "planted": (Path("../experiments/planted.jsonl"), _planted),
     "scores": (CHECKPOINTS / "tiny-masked/scores.json", _scores),
     "training": (CHECKPOINTS / "tiny-masked/run.json", _training),
 }
