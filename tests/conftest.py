@@ -46,3 +46,14 @@ def shipped():
     import umm_kit as uk
 
     return uk.load("tiny-masked").eval()
+
+
+@pytest.fixture
+def one_thread():
+    """Losses that are compared with those of another run are summed in one order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -61,13 +61,7 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums split over threads round differently: on one thread, equal means bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def options(folder, tokenizer, **changes):

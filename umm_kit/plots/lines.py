@@ -297,7 +297,7 @@ _DRIFT = {
 }
 
 
-def drift(frame: Any, categories: Any = None, columns: int = 4) -> Figure:
+def drift(frame: Any, categories: Any = None, columns: int = 3) -> Figure:
     """Panels of :class:`umm_kit.evaluation.drift.Drift` against cycles: what survives, what bounds it, where latents go.
 
     Args:

@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,11 +23,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from umm_kit.data.shapes import hash_uniform, stream_key
 from umm_kit.models.base import resolve_device
-from umm_kit.records import command, machine, versions
+from umm_kit.records import command, machine, versions, write_json
 
 EMA_FILE = "ema.safetensors"
 ENDLESS = 2**32  # a data set of this length makes its examples on demand and is never walked to its end
@@ -359,6 +359,28 @@ def defaults_of(kind: type[TrainingArguments]) -> TrainingArguments:
     """Arguments of this kind as they come. Building any takes the process group away from trainers that exist: each trainer
     asks for these before it is built."""
     return kind(output_dir="")
+
+
+def post_train(
+    config: Any, make: Callable[[Any, Any], UMMTrainer], about: Callable[[Any], dict[str, Any]] = lambda trainer: {}
+) -> Any:
+    """Train ``config.model`` in place on ``config.data``, and save it with its run record to ``config.output_dir``.
+
+    Args:
+        make: model and training data -> the trainer. about: trainer -> more for the record.
+    """
+    from umm_kit.data import open_data
+    from umm_kit.models import load
+
+    set_seed(config.seed)
+    model = load(config.model, device="cpu")
+    trainer = make(model, open_data(config.data, "train", seed=config.seed, image_size=model.image_size))
+    trainer.fit()
+    if trainer.is_world_process_zero():
+        model.eval().save_pretrained(str(config.output_dir))
+        record = run_record(config, trainer.seconds(), trainer.state.log_history, **about(trainer))
+        write_json(Path(str(config.output_dir)) / "run.json", record)
+    return model
 
 
 def run_record(

@@ -41,7 +41,7 @@ from transformers import set_seed
 from umm_kit.losses.factorization import UniqueCritic
 from umm_kit.models.factors import FLOWS, FactorEncoders, FactorEncodersConfig, Factors, Readouts, middle_layers
 from umm_kit.records import write_json
-from umm_kit.trainers.base import Stream, UMMTrainer, defaults_of, run_record, world_mean
+from umm_kit.trainers.base import Stream, UMMTrainer, defaults_of, post_train, run_record, world_mean
 from umm_kit.trainers.stages import (
     BackboneStage,
     EncoderStage,
@@ -329,15 +329,4 @@ def _evaluating_frozen(model: nn.Module) -> Iterator[None]:
 
 def train(config: DIVAConfig) -> Any:
     """Post-train ``config.model`` on ``config.data`` and save it, with its run record, to ``config.output_dir``."""
-    from umm_kit.data import open_data
-    from umm_kit.models import load
-
-    set_seed(config.seed)
-    model = load(config.model, device="cpu")
-    trainer = DIVATrainer(model, config, open_data(config.data, "train", seed=config.seed, image_size=model.image_size))
-    trainer.fit()
-    if trainer.is_world_process_zero():
-        model.eval().save_pretrained(str(config.output_dir))
-        record = run_record(config, trainer.seconds(), trainer.state.log_history)
-        write_json(Path(str(config.output_dir)) / "run.json", record)
-    return model
+    return post_train(config, lambda model, data: DIVATrainer(model, config, data))

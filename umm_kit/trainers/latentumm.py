@@ -25,7 +25,7 @@ from umm_kit.losses.preference import released_preference
 from umm_kit.models.aligner import LatentAligner, LatentAlignerConfig, LatentHeads
 from umm_kit.models.teachers import EmbeddingTable, Teacher, embeddings, load_teacher
 from umm_kit.records import write_json
-from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record
+from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, post_train, run_record
 from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer, Step
 
 logger = logging.getLogger(__name__)
@@ -324,15 +324,5 @@ class LatentUMMTrainer(PreferenceTrainer):
 
 def train(config: LatentUMMConfig) -> Any:
     """Post-train ``config.model`` on ``config.data`` and save it, with its run record, to ``config.output_dir``."""
-    from umm_kit.data import open_data
-    from umm_kit.models import load
-
-    set_seed(config.seed)
-    model = load(config.model, device="cpu")
-    trainer = LatentUMMTrainer(model, config, open_data(config.data, "train", seed=config.seed, image_size=model.image_size))
-    trainer.fit()
-    if trainer.is_world_process_zero():
-        model.eval().save_pretrained(str(config.output_dir))
-        record = run_record(config, trainer.seconds(), trainer.state.log_history, collapse=trainer.monitor.state_dict())
-        write_json(Path(str(config.output_dir)) / "run.json", record)
-    return model
+    seen: Any = lambda trainer: {"collapse": trainer.monitor.state_dict()}  # noqa: E731
+    return post_train(config, lambda model, data: LatentUMMTrainer(model, config, data), seen)

@@ -19,14 +19,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import set_seed
 
 from umm_kit.features import evaluating
 from umm_kit.losses.preference import best_and_worst, dpo
 from umm_kit.models.base import Decoding, FlowOutput
 from umm_kit.models.factors import FLOWS
-from umm_kit.records import write_json
-from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record
+from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, post_train
 from umm_kit.trainers.stages import FlowCollator, Flows, adapters
 
 logger = logging.getLogger(__name__)
@@ -286,15 +284,4 @@ class Step(nn.Module):
 
 def train(config: PreferenceConfig) -> Any:
     """Post-train ``config.model`` on its own drawings of ``config.data``, and save it with its run record."""
-    from umm_kit.data import open_data
-    from umm_kit.models import load
-
-    set_seed(config.seed)
-    model = load(config.model, device="cpu")
-    trainer = PreferenceTrainer(model, config, open_data(config.data, "train", seed=config.seed, image_size=model.image_size))
-    trainer.fit()
-    if trainer.is_world_process_zero():
-        model.eval().save_pretrained(str(config.output_dir))
-        record = run_record(config, trainer.seconds(), trainer.state.log_history)
-        write_json(Path(str(config.output_dir)) / "run.json", record)
-    return model
+    return post_train(config, lambda model, data: PreferenceTrainer(model, config, data))
