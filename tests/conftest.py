@@ -57,3 +57,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """An untrained model of four layers in a folder."""
+    import torch
+
+    from umm_kit.data.language import vocabulary_corpus
+    from umm_kit.models.masked import MaskedUMM
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    MaskedUMM.tiny(list(vocabulary_corpus()), num_layers=4).save_pretrained(folder)
+    return folder

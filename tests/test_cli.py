@@ -16,7 +16,7 @@ import torch
 from umm_kit import cli, reproduce
 from umm_kit.reproduce import claims_table, expect, read_claims, tidy
 
-COMMANDS = ("train", "diagnose", "evaluate", "audit", "check", "info", "reproduce", "notebooks", "figures")
+COMMANDS = ("train", "diagnose", "evaluate", "drift", "audit", "check", "info", "reproduce", "notebooks", "figures")
 
 
 # --- commands ----------------------------------------------------------------------------------------------------------
@@ -125,6 +125,32 @@ def test_evaluate_passes_its_options_on_and_writes_a_record(fake, tmp_path, caps
     assert content["record"]["command"] == shlex.join(["umm-kit", *argv]) and content["record"]["model"] == "m"
     assert cli._headline(output) == f"caption_f1 0.750 (n=4) on {data!r}"
     assert cli._headline(tmp_path / "none.json") == "no scores recorded"
+
+
+def test_drift_prints_a_table_writes_rows_and_draws(monkeypatch, tmp_path, capsys):
+    """A model that reads by the oracle and draws by the renderer keeps everything."""
+    import umm_kit
+    from umm_kit.evaluation.blame import PerfectReader, PerfectWriter
+
+    class Perfect(PerfectReader, PerfectWriter):
+        device = torch.device("cpu")
+
+        def __init__(self, data):
+            PerfectReader.__init__(self, data)
+            PerfectWriter.__init__(self, data)
+
+    monkeypatch.setitem(vars(umm_kit), "load", lambda name: Perfect(umm_kit.Shapes("test", n=24)))
+    output, figure = tmp_path / "new" / "drift.json", tmp_path / "new" / "drift.png"
+    argv = ["drift", "m", "--n", "24", "--cycles", "2", "--start", "image", "--output", str(output), "--figure", str(figure)]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "survival" in out and "half-life" in out and f"written to {output}" in out and f"drawn to {figure}" in out
+    content = json.loads(output.read_text())
+    assert content["record"]["command"] == shlex.join(["umm-kit", *argv]) and content["record"]["model"] == "m"
+    kept = {(row["cycle"], row["metric"]): row["value"] for row in content["rows"]}
+    assert kept[2, "recall"] == pytest.approx(1) == kept[2, "survival of shape"] and kept[2, "lost"] == 0
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    assert cli.main([*argv[:6], "--teacher", str(tmp_path / "none")]) == 2 and "none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", ["--n 0", "--split tset", "--data no-such-folder", "--data . --n 2"])

@@ -13,13 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from umm_kit.data.language import vocabulary_corpus
 from umm_kit.data.shapes import Shapes
 from umm_kit.losses.factorization import alignment, orthogonality
 from umm_kit.models import load
 from umm_kit.models.base import token_losses
 from umm_kit.models.factors import FLOWS, FactorEncoders, FactorEncodersConfig, Factors, Readouts
-from umm_kit.models.masked import MaskedUMM
 from umm_kit.trainers.base import Stream, last_checkpoint
 from umm_kit.trainers.diva import DIVAConfig, DIVATrainer, train
 from umm_kit.trainers.stages import (
@@ -39,15 +37,6 @@ DATA = Shapes("train", n=4096)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """An untrained model of four layers in a folder."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    MaskedUMM.tiny(list(vocabulary_corpus()), num_layers=4).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -205,11 +194,13 @@ def test_reconstruction_draws_from_states_and_not_from_words(model, tmp_path):
     ids = model.pack_captions([""] * len(codes))
     hidden = model._generation(codes, torch.ones_like(codes, dtype=torch.bool), ids, condition=condition)[0]
     wanted = torch.nn.functional.cross_entropy(model.image_head(hidden).flatten(0, 1), codes.flatten())
-    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    of_loss, of_wanted = (torch.autograd.grad(value, model.blocks[0].mlp[0].weight)[0] for value in (loss, wanted))
+    torch.testing.assert_close(of_loss, of_wanted, rtol=1e-4, atol=1e-7, msg="U's states are detached")
     other = {**batch, "said": batch["said"][::-1], "drawn": batch["drawn"][::-1]}
-    assert float(stage(other, None, [], {})["reconstruction_loss"]) == float(loss), "no caption is read"
+    assert float(stage(other, None, [], {})["reconstruction_loss"]) == loss.item(), "no caption is read"
     turned = {**batch, "images": batch["images"].flip(3)}
-    assert abs(float(stage(turned, None, [], {})["reconstruction_loss"]) - float(loss)) > 1e-4
+    assert abs(float(stage(turned, None, [], {})["reconstruction_loss"]) - loss.item()) > 1e-4
 
 
 def test_reconstruction_is_trained_beside_the_native_losses(saved, tmp_path):

@@ -114,12 +114,13 @@ def test_tuning_and_arms_run_and_resume(tmp_path, monkeypatch):
     small = replace(small, n=8, n_prompts=1, n_tuning=8, settings=settings)
     monkeypatch.setitem(diva.PRESETS, "seconds", small)
     monkeypatch.setattr(diva, "TUNED", ("sft_middle", "diva"))
+    monkeypatch.setattr(diva, "CAUSES", ("no_unique",))
     records = tmp_path / "diva.jsonl"
     with pytest.raises(ValueError, match="diva-tuning"):
         diva.run("seconds", records, tmp_path / "runs")
     diva.tune("seconds", tmp_path / "diva-tuning.jsonl", tmp_path / "tuning")
     tuning = Ledger(tmp_path / "diva-tuning.jsonl").records()
-    assert len(tuning) == 2 * len(diva.TUNED) + 1, "costs, trials and the base"
+    assert len(tuning) == 2 * len(diva.TUNED) + 2, "costs, trials, the base, and one cause"
     diva.run("seconds", records, tmp_path / "runs")
     done = Ledger(records).records()
     assert set(done) == {"base-0, base", "base-0, sft_middle, seed 0", "base-0, diva, seed 0"}

@@ -122,7 +122,7 @@ def test_planted_levels_show_every_seed():
 def test_the_atlas_shows_complete_cells_alone():
     metrics = ("understanding_loss", "generation_loss", "understanding", "generation")
     rows = [
-        dict(width=48, texture=t, every=4, steps=1600, seed=1, metric=m, interference=0.1, low=0.0, high=0.2)
+        dict(width=48, texture=t, every=4, steps=1600, seed=1, metric=m, n=9, interference=0.1, low=0.0, high=0.2)
         for t in ("none", "high") for m in (metrics if t == "none" else metrics[:2])
     ]  # fmt: skip
     figure = interference_atlas(pd.DataFrame(rows))

@@ -5,11 +5,9 @@ import json
 import pytest
 import torch
 
-from umm_kit.data.language import vocabulary_corpus
 from umm_kit.data.shapes import Shapes
 from umm_kit.models import load
 from umm_kit.models.aligner import LatentAligner, LatentAlignerConfig
-from umm_kit.models.masked import MaskedUMM
 from umm_kit.models.teachers import EmbeddingTable
 from umm_kit.trainers.base import Stream
 from umm_kit.trainers.latentumm import (
@@ -28,14 +26,6 @@ DATA = Shapes("train", n=256)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    MaskedUMM.tiny(list(vocabulary_corpus())).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

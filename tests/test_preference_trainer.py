@@ -5,26 +5,16 @@ import copy
 import pytest
 import torch
 
-from umm_kit.data.language import vocabulary_corpus
 from umm_kit.data.shapes import Shapes
 from umm_kit.losses.preference import best_and_worst
 from umm_kit.models import load
 from umm_kit.models.base import Decoding
-from umm_kit.models.masked import MaskedUMM
 from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer, Rollouts, roll_out, train
 
 DATA = Shapes("train", n=4096)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    MaskedUMM.tiny(list(vocabulary_corpus())).save_pretrained(folder)
-    return folder
 
 
 def config(folder, **changes):

@@ -113,9 +113,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--cycles", type=int, default=8, help="of text to image to text (default: %(default)s)")
     sub.add_argument("--start", choices=("text", "image"), default="text", help="(default: %(default)s)")
     sub.add_argument("--repeats", type=int, default=1, help="runs with other noise (default: %(default)s)")
-    sub.add_argument(
-        "--teacher", metavar="NAME", help="a CLIP-like model (shipped, folder or id in the local cache) to see by, too"
-    )
+    sub.add_argument("--teacher", metavar="NAME", help="a CLIP-like model (folder, or id in the local cache) to see by, too")
     sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw what survives")
 
     sub = command(audit, model, split, seed, texture, record)
@@ -185,6 +183,7 @@ def config_options(parser: argparse.ArgumentParser, path: str | Path) -> list[st
 
 def train(what: str, options: Sequence[str]) -> int:
     """Parse the trainer's config dataclass from the file and the flags, then train."""
+    import torch.distributed as dist
     from transformers import HfArgumentParser
 
     module, config_class = TRAINERS[what]
@@ -195,6 +194,9 @@ def train(what: str, options: Sequence[str]) -> int:
     options = [*(config_options(parser, path) if path else []), *options]
     config, _ = parser.parse_args_into_dataclasses(args=options, look_for_args_file=False)
     trainer.train(config)
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()  # Gloo's threads may abort a process that ends with its group alive
     return 0
 
 
@@ -212,6 +214,12 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
     more = {"nuisance": uk.Nuisance(texture=args.texture)} if args.data == "shapes" else {}
     model, n = uk.load(args.model), args.n or (512 if args.data == "shapes" else None)
     return model, open_data(args.data, args.split, n=n, seed=args.seed, image_size=model.image_size, **more)
+
+
+def _draw(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"drawn to {path}")
 
 
 def diagnose(args: argparse.Namespace) -> int:
@@ -237,9 +245,7 @@ def diagnose(args: argparse.Namespace) -> int:
         found.save(args.output)
         print(f"written to {args.output}")
     if args.figure:
-        args.figure.parent.mkdir(parents=True, exist_ok=True)
-        found.plot().savefig(args.figure, dpi=150)
-        print(f"drawn to {args.figure}")
+        _draw(found.plot(), args.figure)
     return 0
 
 
@@ -254,11 +260,8 @@ def drift(args: argparse.Namespace) -> int:
     found = uk.drift(model, data, args.cycles, args.start, args.repeats, args.seed, teacher=teacher)
     found.record |= {"model": args.model, "command": command(args.argv)}
     frame = found.to_frame()
-    print(
-        found,
-        frame.pivot_table(index="cycle", columns="metric", values="value", sort=False).to_string(float_format="%.3f"),
-        sep="\n",
-    )
+    table = frame.pivot_table(index="cycle", columns="metric", values="value", sort=False)
+    print(found, table.to_string(float_format="%.3f"), sep="\n")
     print(f"{found.record['seconds']:.0f} seconds on {found.record['device']}")
     if args.output:
         rows = frame.to_dict("records")
@@ -267,9 +270,7 @@ def drift(args: argparse.Namespace) -> int:
         write_json(args.output, {"record": found.record, "notes": found.notes, "rows": rows})
         print(f"written to {args.output}")
     if args.figure:
-        args.figure.parent.mkdir(parents=True, exist_ok=True)
-        found.plot().savefig(args.figure, dpi=150)
-        print(f"drawn to {args.figure}")
+        _draw(found.plot(), args.figure)
     return 0
 
 

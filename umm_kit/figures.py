@@ -99,7 +99,7 @@ def interference_atlas(frame: pd.DataFrame) -> Figure:
         rows = frame[complete & (frame.metric == metric)].sort_values(order, ascending=[True, False, False, True, True])
         values = rows[[*order, "interference", "low", "high"]].itertuples(index=False)
         long = rows.steps.nunique() > 1
-        panels[title] = [
+        panels[f"{title}\nn = {rows.n.min()}"] = [
             (f"width {w}, texture {t}, 1 in {e}, {f'{n:,} steps, ' * long}seed {s}", *effect) for w, t, e, n, s, *effect in values
         ]
     return plots.forest(panels, "interference", columns=2)
@@ -177,7 +177,10 @@ def planted_levels(frame: pd.DataFrame) -> Figure:
             ax.plot(values, [y] * len(values), "o", color="C0", markersize=3.5, alpha=0.7)
         ax.axvline(limit, color="0.4", linewidth=0.9, linestyle="--")
         worse = "lower = worse" if level.startswith("recovery") else "higher = worse"
-        ax.set(title=level, xlabel=f"share of what h holds\n({worse})", yticks=range(len(names)), yticklabels=names)
+        seeds = frame.index.get_level_values("seed").nunique()
+        ax.set(
+            title=level, xlabel=f"share of what h holds\n({worse}; {seeds} mixings)", yticks=range(len(names)), yticklabels=names
+        )
         ax.set_ylim(len(names) - 0.5, -0.5)
     return figure
 

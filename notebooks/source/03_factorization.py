@@ -319,7 +319,7 @@ display(planted_levels(planted.levels(trials)))
 judged = planted.verdicts(trials)
 display(judged[["arm", "reference", "told", "seeds", "by", "verdict"]].style.hide(axis="index"))
 told = judged[judged.arm.isin(planted.BREAKAGES)]
-uk.expect(int((told.verdict == "told apart").sum()), low=3, claim="breakages told from the method in all mixings, of five")
+uk.expect(int((told.verdict == "told apart").sum()), low=4, claim="breakages told from the method in all mixings, of five")
 uk.expect(int(judged.set_index("arm").told[planted.CONTROL]), 0, claim="mixings in which another start is taken for a breakage")
 
 # %% [markdown]
@@ -354,8 +354,9 @@ uk.expect(int(losses.n.min()), low=512, claim="scenes behind each comparison", n
 # %% [markdown]
 # **What you should see.** A row per trained pair of models; filled points exclude 0, and above 0 the other task hurts. The
 # verdict of a cell follows a rule fixed before: *yes* if the interval of the loss lies above 0 in every seed. Both models of
-# a comparison have all parameters, so what is compared is sharing them. Drawing pays everywhere. Reading pays only where it
-# has examples enough: seen with one picture in four it is starved, and whatever drawing teaches the shared layers is welcome.
+# a comparison have all parameters, so what is compared is sharing them. Drawing pays everywhere. Reading pays in both seeds
+# where both tasks have equal shares; where it sees one picture in four, drawing helps it in one seed and makes no difference
+# in the other. (That it has too few examples there would explain it; that was not tested.)
 # The models with equal shares, in which **both** tasks pay, are the base models of this notebook (`tiny-tight-0`, -1, -2).
 #
 # **If you see something else.** Records are data: this figure is the same on every machine. `umm-kit reproduce atlas` trains
@@ -368,7 +369,7 @@ uk.expect(int(losses.n.min()), low=512, claim="scenes behind each comparison", n
 #
 # **Held, if its ✓ stands above:** what could be shared is decided by the inputs and can be listed; each term has a failure
 # that its own number hides, and it can be shown in two dimensions; the split is found where it was planted (section 4);
-# sharing a narrow model costs both tasks, generation ten times as much (section 5).
+# sharing a narrow model costs both tasks, generation much more (section 5).
 #
 # **Did not hold, or only in part:** that shared factors help the frozen model by what the two flows of *one* pair share
 # (section 3); the split (section 4): whoever reads the unique half finds shared facts in it. And the untuned training made

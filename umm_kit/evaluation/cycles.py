@@ -170,8 +170,9 @@ def origins(data: Shapes, start: str) -> list[Content]:
     """What each caption says, or what each scene shows (without its places)."""
     rows = range(len(data))
     if start == "text":
-        told = [said(item["texts"]) for item in data]
-        return [content for content in told if content is not None]  # captions of scenes always parse
+        told = [content for item in data if (content := said(item["texts"]))]
+        assert len(told) == len(data), "captions of scenes always parse"
+        return told
     scenes = data.scenes(rows)
     return [content for i in rows if (content := seen(scenes.objects(i), placed=False))]
 

@@ -1,7 +1,9 @@
 """Does DIVA help? Its arms against fine-tuning with as much time, over base models and training seeds, on the same test items.
 
-First ``tune``: what an arm costs, and which learning rate suits it, on validation items and a seed of its own. Then ``run``: each
-arm from each base model with each seed, judged once on test items. What is compared and what counts was fixed before:
+First ``tune``: what an arm costs, and which learning rate suits it, on validation items and a seed of its own; and what each of
+DIVA's terms does there (``CAUSES``). Then ``run``: each arm from each base model with each seed, judged once on test items.
+
+What is compared and what counts was fixed before:
 
 - every arm is the trainer of DIVA with other settings, and sees the same mix of anchors, questions and full drawings;
 - plain fine-tuning gets as many steps as fit into the processor time of DIVA's two stages ("time"), or as many examples as both
@@ -30,13 +32,13 @@ from umm_kit.trainers.diva import DIVAConfig, DIVATrainer
 
 HEADLINES = ("understanding", "generation")
 ENDPOINTS = (*HEADLINES, "understanding_loss", "generation_loss", "understood_of_drawn", "drawn_of_understood")
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4)  # the first is the paper's for Show-o
 #: DIVA's ablations on Show-o, from the worst to the best on all four of its benchmarks (Table 4).
 PAPER_ORDER = ("base", "sft", "no_unique", "no_stop_gradient", "diva")
 
 
-#: In a quarter of the usual rounds: on validation prompts the first base model draws as well by it (.17, .15 and .14 met of 384
-#: in 8, 16 and 32 rounds), and pictures are most of what judging costs.
+#: A quarter of the usual rounds, for pictures are most of what judging costs: the first base model meets no fewer of the same
+#: validation prompts by it ("base" in diva-tuning.jsonl against its joint record in atlas.jsonl).
 DECODING = Decoding(steps=8)
 
 
@@ -77,8 +79,12 @@ ARMS: dict[str, Arm] = {
     "random_encoders": Arm({"random_encoders": True}),
     "unique_0.4": Arm({"unique_weight": 0.4}),
     "unique_0.8": Arm({"unique_weight": 0.8}),
+    "unique_0.06": Arm({"unique_weight": 0.06}),
+    "no_shared": Arm({"shared_weight": 0.0}),
+    "aligned_warm_up": Arm({"stage1_alignment": True}),
 }
 TUNED = tuple(dict.fromkeys(arm.rate_of for arm in ARMS.values()))
+CAUSES = ("no_unique", "no_shared", "unique_0.06", "aligned_warm_up")  # what may be wrong with DIVA, each at the middle rate
 CORE = ("diva", "sft_middle", "sft_all")  # with every training seed; the others with as many as ``Preset.few_seeds``
 FINE_TUNING = tuple(name for name, arm in ARMS.items() if arm.plain and name.startswith("sft"))
 
@@ -98,6 +104,11 @@ class Preset:
     n_prompts: int = 342
     n_tuning: int = 512
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """How every arm is judged, whatever the items."""
+        return {"texture": self.texture, "progress": False, "inpaint": False, "decoding": DECODING}
 
     def runs(self) -> list[tuple[str, str, int | None]]:
         """(arm, base, seed): the bases as they are, the core arms seed by seed, then the others."""
@@ -155,7 +166,8 @@ def tune(preset: str, records: str | Path, folder: str | Path, part: tuple[int, 
             config = config_of(ARMS[name], chosen, seed, folder / f"cost-{name}", RATES[1], _both_stages(chosen))
             _, content = post_train(base, ARMS[name], config, chosen.texture)
             ledger.add(f"cost of {name}", {"arm": name, **content})
-    wanted = [("base", 0.0), *((name, rate) for rate in chosen.rates for name in TUNED)]
+    trials = sorted(itertools.product(TUNED, chosen.rates), key=lambda trial: trial[0] not in CORE)
+    wanted = [("base", 0.0), *((name, chosen.rates[len(chosen.rates) // 2]) for name in CAUSES), *trials]
     for name, rate in mine(wanted, part, lambda run: tuning_name(*run) in ledger.records()):
         if name == "base":
             model, content = load(base, device="cpu"), dict[str, Any]()
@@ -233,7 +245,7 @@ def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, i
             rate, steps = best_rate(tuning, arm.rate_of, chosen), matched_steps(tuning, name, chosen)
             config = config_of(arm, chosen, seed, folder / f"{Path(base).name}-{name}-{seed}", rate, steps)
             model, content = post_train(base, arm, config, chosen.texture)
-        items = endpoints(model, "test", chosen.n, chosen.n_prompts, 0, chosen.texture, False, False, DECODING)
+        items = endpoints(model, "test", chosen.n, chosen.n_prompts, 0, **chosen.judged)
         kept = {metric: items[metric] for metric in ENDPOINTS}
         ledger.add(run_name(name, base, seed), {"arm": name, "base": Path(base).name, "seed": seed, **content, "items": kept})
     return summary(ledger.records())

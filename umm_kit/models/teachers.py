@@ -1,7 +1,7 @@
 """Stronger embedding models: what LatentUMM aligns to, and what drift can be measured by from outside.
 
-A teacher puts texts and images into one space. Three kinds: any CLIP-like checkpoint of transformers, a small one that ships with
-the kit (``load_teacher("tiny-teacher")``), and vectors that were computed elsewhere, kept by stable id.
+A teacher puts texts and images into one space. Three kinds: any CLIP-like checkpoint of transformers, a small one of your own
+(``umm-kit train teacher``; none ships with the kit yet), and vectors that were computed elsewhere, kept by stable id.
 """
 
 from __future__ import annotations
@@ -132,11 +132,11 @@ class CLIPTeacher:
         return cls(model.to(resolve_device(device)), tokenizer, pixels, **options)  # type: ignore[arg-type]
 
 
-def load_teacher(name: str | Path = "tiny-teacher", device: str = "auto", download: bool = False) -> CLIPTeacher:
-    """The teacher that ships with the kit, or any folder or hub id of a CLIP-like model (see ``CLIPTeacher.from_pretrained``).
+def load_teacher(name: str | Path, device: str = "auto", download: bool = False) -> CLIPTeacher:
+    """The folder or hub id of a CLIP-like model (see ``CLIPTeacher.from_pretrained``), or a shipped one by name.
 
     Example:
-        >>> load_teacher("tiny-teacher", device="cpu").embed_text(["a red circle"]).shape  # doctest: +SKIP
+        >>> load_teacher("runs/teacher", device="cpu").embed_text(["a red circle"]).shape  # doctest: +SKIP
         torch.Size([1, 64])
     """
     shipped = CHECKPOINTS / str(name)

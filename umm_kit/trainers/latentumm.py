@@ -27,6 +27,7 @@ from umm_kit.models.teachers import EmbeddingTable, Teacher, embeddings, load_te
 from umm_kit.records import write_json
 from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, post_train, run_record
 from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer, Step
+from umm_kit.trainers.variants import take_variant, varied
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,7 @@ class AlignerConfig(UMMArguments):
     """Configuration of :func:`train_aligner`; defaults are the release's, whose terms alone collapse (guard "none")."""
 
     output_dir: str | None = "runs/aligner"
-    teacher: str = field(
-        default="tiny-teacher", metadata={"help": "A shipped teacher, a folder or id, or a table of embeddings."}
-    )
+    teacher: str = field(default="runs/teacher", metadata={"help": "A teacher's folder or id, or a table of embeddings."})
     data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
     modal_weight: float = 1.0
     capacity_weight: float = 1.0
@@ -177,10 +176,6 @@ _VARIED = {
 VARIANTS = {name: {k: v[i] for k, v in _VARIED.items()} for i, name in enumerate(("released", "corrected"))}
 
 
-def _varied(text: str) -> Any:
-    return field(default=None, metadata={"help": f"{text} By default the variant's."})
-
-
 @dataclass
 class LatentUMMConfig(PreferenceConfig):
     """Configuration of :class:`LatentUMMTrainer`.
@@ -196,28 +191,22 @@ class LatentUMMConfig(PreferenceConfig):
 
     output_dir: str | None = "runs/latentumm"
     variant: str = field(default="corrected", metadata={"help": "'released' or 'corrected'."})
-    teacher: str = field(
-        default="tiny-teacher", metadata={"help": "A shipped teacher, a folder or id, or a table of embeddings."}
-    )
-    latents: str = _varied("'packed' (image states have seen the words) or 'apart'.")
-    capacity: str = _varied("'heads' (side MLPs) or 'generation' (draw and read).")
-    guard: str = _varied(f"One of {', '.join(GUARDS)}.")
+    teacher: str = field(default="runs/teacher", metadata={"help": "A teacher's folder or id, or a table of embeddings."})
+    latents: str = varied("'packed' (image states have seen the words) or 'apart'.")
+    capacity: str = varied("'heads' (side MLPs) or 'generation' (draw and read).")
+    guard: str = varied(f"One of {', '.join(GUARDS)}.")
     guard_weight: float = 0.01
-    preference: str = _varied("'released', 'dpo' or 'none'.")
-    modal_weight: float = _varied("Of |z_t - z_i|^2.")
-    capacity_weight: float = _varied("Of |z - z_hat|^2.")
-    target_weight: float = _varied("Of the distance to the teacher's embeddings; 0 needs no teacher.")
-    preference_weight: float = _varied("Of the preference term.")
-    rollouts: int = _varied("K.")
-    lora_rank: int = _varied("Of adapters; 0 trains full weights.")
+    preference: str = varied("'released', 'dpo' or 'none'.")
+    modal_weight: float = varied("Of |z_t - z_i|^2.")
+    capacity_weight: float = varied("Of |z - z_hat|^2.")
+    target_weight: float = varied("Of the distance to the teacher's embeddings; 0 needs no teacher.")
+    preference_weight: float = varied("Of the preference term.")
+    rollouts: int = varied("K.")
+    lora_rank: int = varied("Of adapters; 0 trains full weights.")
     sigma: float = field(default=0.05, metadata={"help": "Noise on a latent, for the released preference."})
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant is {self.variant!r}; expected one of {tuple(VARIANTS)}")
-        for name, value in VARIANTS[self.variant].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        take_variant(self, VARIANTS)
         known = {"latents": ("packed", "apart"), "capacity": ("heads", "generation"), "guard": GUARDS}
         for name, values in {**known, "preference": ("released", "dpo", "none")}.items():
             if getattr(self, name) not in values:

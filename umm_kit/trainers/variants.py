@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +37,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _varied(text: str) -> Any:
+def varied(text: str) -> Any:
     """A field that :data:`VARIANTS` fills unless it is chosen; its type is that of the values there."""
     return field(default=None, metadata={"help": f"{text} By default the variant's."})
+
+
+def take_variant(config: Any, variants: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set every option of ``config.variant`` that was not chosen; ValueError for an unknown variant."""
+    if config.variant not in variants:
+        raise ValueError(f"variant is {config.variant!r}; expected one of {tuple(variants)}")
+    for name, value in variants[config.variant].items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
 
 
 @dataclass
@@ -73,25 +83,25 @@ class DIVAConfig(UMMArguments):
     stage1_learning_rate: float = 2e-4
     stage1_warmup_steps: int = 200
     shared_only: float = field(default=0.5, metadata={"help": "Share of stage 1 before the unique factors join."})
-    stage1_alignment: bool = _varied("InfoNCE between shared factors in stage 1 too, at shared_weight.")
-    orthogonality_weight: float = _varied("In stage 1.")
-    stage2_orthogonality_weight: float = _varied("In stage 2.")
-    orthogonality: str = _varied("Reading of Eq. 9: 'batch' or 'sample'; 'overlap': free of scale, in [0, 1].")
+    stage1_alignment: bool = varied("InfoNCE between shared factors in stage 1 too, at shared_weight.")
+    orthogonality_weight: float = varied("In stage 1.")
+    stage2_orthogonality_weight: float = varied("In stage 2.")
+    orthogonality: str = varied("Reading of Eq. 9: 'batch' or 'sample'; 'overlap': free of scale, in [0, 1].")
     factor_size: int = 64
-    encoder: str = _varied("'gated', 'shallow', 'linear' or 'transformer' (then on tokens, not pooled).")
-    rank: int = _varied("Of the readouts; cut to what factors and vocabularies allow.")
-    injection: str = _varied("'crosswise' or 'own', see Readouts.")
+    encoder: str = varied("'gated', 'shallow', 'linear' or 'transformer' (then on tokens, not pooled).")
+    rank: int = varied("Of the readouts; cut to what factors and vocabularies allow.")
+    injection: str = varied("'crosswise' or 'own', see Readouts.")
     layers: list[int] = field(default_factory=list, metadata={"help": "Layers to factorize and train; empty: the middle ones."})
-    single_layer: bool = _varied("With no layers chosen, one at two thirds of the depth instead of all middle ones.")
-    train_all_layers: bool = _varied("Stage 2 trains all parameters, not only the middle.")
-    train_encoders: bool = _varied("Stage 2 trains the encoders too.")
+    single_layer: bool = varied("With no layers chosen, one at two thirds of the depth instead of all middle ones.")
+    train_all_layers: bool = varied("Stage 2 trains all parameters, not only the middle.")
+    train_encoders: bool = varied("Stage 2 trains the encoders too.")
     lora_rank: int = field(
         default=0,
         metadata={"help": "Above 0, train adapters of this rank on the linear maps of the trained layers, merged at the end."},
     )
     shared_weight: float = 0.6
     unique_weight: float = 0.6
-    penalty: str = _varied("On unique factors: 'across' flows (NCE-CLUB, Eq. 7) or 'within' each (CLUB as released).")
+    penalty: str = varied("On unique factors: 'across' flows (NCE-CLUB, Eq. 7) or 'within' each (CLUB as released).")
     ramp_share: float = field(default=0.5, metadata={"help": "Share of stage 2 in which factor terms rise linearly from 0."})
     understanding_weight: float = 1.0
     generation_weight: float = 1.0
@@ -100,8 +110,8 @@ class DIVAConfig(UMMArguments):
     )
     stop_gradient: bool = field(default=True, metadata={"help": "Alignment is directed (Eq. 10); False: symmetric."})
     temperature: float = 0.1
-    mask_equal_facts: bool = _varied("Pairs that say the same are no negatives of each other.")
-    queue: int = _varied("Targets of earlier batches kept as further negatives (directed only).")
+    mask_equal_facts: bool = varied("Pairs that say the same are no negatives of each other.")
+    queue: int = varied("Targets of earlier batches kept as further negatives (directed only).")
     replay_every: int = field(
         default=4,
         metadata={"help": "Every how many-th example is a question and a full-mask drawing instead of an anchor; 0: none."},
@@ -128,15 +138,11 @@ class DIVAConfig(UMMArguments):
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.01
     muon: bool = False
-    ema_decay: float = _varied("Decay of the averaged weights; 0 is off.")
+    ema_decay: float = varied("Decay of the averaged weights; 0 is off.")
     save_steps: float = 500
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant is {self.variant!r}; expected one of {tuple(VARIANTS)}")
-        for name, value in VARIANTS[self.variant].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        take_variant(self, VARIANTS)
         expected = {
             "ema_role": ("targets", "weights"), "orthogonality": ("batch", "sample", "overlap"), "penalty": PENALTIES,
             "pairs": PAIRS, "injection": INJECTIONS, "encoder": KINDS,

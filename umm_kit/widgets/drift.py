@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from typing import Any
 
 import ipywidgets
 
@@ -72,6 +71,4 @@ class DriftPlayer(ipywidgets.VBox):
         return f"<p>{''.join(chips)}</p>"
 
 
-def drift_player(drift: Drift) -> Any:
-    """A :class:`DriftPlayer`."""
-    return DriftPlayer(drift)
+drift_player = DriftPlayer
