@@ -30,7 +30,9 @@ from umm_kit.trainers.stages import (
     bag_of_words,
     equalising,
     facts_of,
+    new_critics,
     projected,
+    states_at,
 )
 
 DATA = Shapes("train", n=4096)
@@ -539,6 +541,51 @@ def test_an_interrupt_in_either_stage_resumes_to_the_same_model(saved, whole, tm
     assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "encoders").exists() == (stage == 2)
     train(DIVAConfig(**options(saved, tmp_path, resume=True)))
     assert same_end(whole, tmp_path) == 0
+
+
+def test_the_penalty_of_stage_one_is_that_of_its_critics(model, tmp_path):
+    """loss = the other terms + ramp * unique_weight * what a critic of its own scores, layer by layer; none before its turn."""
+    settings = config(tmp_path, unique_weight=0.5, stage1_penalty=True)
+    torch.manual_seed(0)
+    encoders = FactorEncoders(FactorEncodersConfig(hidden_size=model.hidden_size, factor_size=8))
+    widths = {"understanding": model.config.text_vocab_size, "generation": model.codebook_size}
+    stage = EncoderStage(model, encoders, Readouts(8, widths, 4), [2, 3], settings)
+    critics = new_critics(8, 2, settings)
+    for critic in critics:
+        critic.threshold = -np.inf  # an untrained critic would be silent
+        critic.eval()
+    batch = batch_of(model, 8, 0)
+    with_penalty, without = stage(batch, True, critics, 0.25), stage(batch, True)
+    u, g = Flows(model)(batch, [2, 3])
+    z = [encoders(states_at(u, g, layer, batch["anchor"], settings)) for layer in (2, 3)]
+    scored = [c(f.unique["understanding"], f.unique["generation"], batch["places"]).loss for c, f in zip(critics, z, strict=True)]
+    assert abs(float(sum(scored))) > 1e-4
+    assert float(with_penalty["loss"] - without["loss"]) == pytest.approx(0.25 * 0.5 * float(sum(scored)) / 2, abs=1e-6)
+    assert "unique_loss" not in without and "unique_loss" not in stage(batch, False, critics)
+
+
+def test_an_interrupted_stage_one_resumes_with_its_critics(saved, tmp_path):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 3 and "stage1" in args.output_dir:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    chosen = dict(variant="corrected", stage1_steps=5, max_steps=1, shared_only=0.2, save_steps=100)
+    ends = []
+    for stops in (False, True):
+        folder = tmp_path / str(stops)
+        if stops:
+            with pytest.raises(KeyboardInterrupt):
+                DIVATrainer(load(saved, device="cpu"), config(folder, **chosen), DATA, callbacks=[Stop()]).fit()
+            assert (folder / "stage1/checkpoint-4/extras.pt").exists()
+        trainer = DIVATrainer(load(saved, device="cpu"), config(folder, resume=stops, **chosen), DATA)
+        trainer.fit()
+        ends.append(weights(trainer.encoders))
+        log = json.loads((folder / "stage1/run.json").read_text())["log"]
+        assert ["unique_contrast" in entry for entry in log if "loss" in entry] == [False, True, True, True, True]
+    assert all(torch.equal(p, ends[1][name]) for name, p in ends[0].items())
 
 
 @pytest.mark.parametrize("options_of", ["lora", "released"])

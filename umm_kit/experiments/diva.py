@@ -84,7 +84,8 @@ ARMS: dict[str, Arm] = {
     "aligned_warm_up": Arm({"stage1_alignment": True}),
 }
 TUNED = tuple(dict.fromkeys(arm.rate_of for arm in ARMS.values()))
-CAUSES = ("no_unique", "no_shared", "unique_0.06", "aligned_warm_up")  # what may be wrong with DIVA, each at the middle rate
+#: What may be wrong with DIVA, each tried at the middle rate.
+CAUSES = ("no_unique", "no_shared", "unique_0.06", "aligned_warm_up", "corrected")
 CORE = ("diva", "sft_middle", "sft_all")  # with every training seed; the others with as many as ``Preset.few_seeds``
 FINE_TUNING = tuple(name for name, arm in ARMS.items() if arm.plain and name.startswith("sft"))
 

@@ -62,15 +62,48 @@ EXTRAS_FILE = "extras.pt"  # of a checkpoint: critics with their optimizers, and
 _QUIET, _LOUD = 0.01, 0.9  # shares of the gradient below and above which a term is called out
 
 
-class EncoderTrainer(UMMTrainer):
+class _StageTrainer(UMMTrainer):
+    """A stage whose checkpoints hold its critics with their optimizers, and the queue of earlier targets."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.critics: list[UniqueCritic] = []
+        self.queues: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        super().__init__(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and (self.critics or self.queues):
+            folder.mkdir(parents=True, exist_ok=True)
+            state = {"critics": [critic.state_dict() for critic in self.critics], "queues": self.queues}
+            torch.save(state, folder / EXTRAS_FILE)
+        super()._save_checkpoint(model, trial)
+
+    def _load_extras(self, folder: Path) -> None:
+        if (folder / EXTRAS_FILE).exists():
+            state = torch.load(folder / EXTRAS_FILE, weights_only=True, map_location=self.args.device)
+            self.queues = state["queues"]
+            for critic, saved in zip(self.critics, state["critics"], strict=True):
+                critic.load_state_dict(saved)
+
+
+class EncoderTrainer(_StageTrainer):
     """Stage 1: shared factors alone for ``shared_only`` of the steps, then unique ones with them."""
 
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        if isinstance(resume_from_checkpoint, str):
+            self._load_extras(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        inputs = {"batch": inputs, "unique": self.state.global_step >= self.args.shared_only * self.args.max_steps}
+        """The penalty rises over ``ramp_share`` of the steps that the unique factors have."""
+        config, step = self.args, self.state.global_step
+        begin, rise = config.shared_only * config.max_steps, config.ramp_share * (1 - config.shared_only) * config.max_steps
+        ramp = min(1.0, max(0.0, step - begin) / rise) if rise else 1.0
+        inputs = {"batch": inputs, "unique": step >= begin, "critics": self.critics, "ramp": ramp}
         return super().compute_loss(model, inputs, return_outputs)
 
 
-class DIVATrainer(UMMTrainer):
+class DIVATrainer(_StageTrainer):
     """Trains a model in place by DIVA's two stages; without weights on factors it is plain fine-tuning (the matched baseline).
 
     ``train()`` runs stage 1 first, unless its encoders are there already (given, or finished in an earlier, stopped run of the
@@ -96,9 +129,7 @@ class DIVATrainer(UMMTrainer):
             raise ValueError("a batch holds fewer than two anchors: InfoNCE has no negative; raise per_device_train_batch_size")
         self.umm, self.layers, self.encoders, self.data = model, layers, encoders, train_dataset
         self._given = kwargs.get("callbacks")  # both stages have them
-        self.critics: list[UniqueCritic] = []
         self._warned: set[tuple[str, int]] = set()
-        self.queues: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         stage = BackboneStage(model, encoders, layers, args)
         length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         collator = FlowCollator(train_dataset, model.grid, args, args.replay_every)
@@ -148,6 +179,8 @@ class DIVATrainer(UMMTrainer):
         stream, collator = Stream(self.data, length, args.seed + 1), FlowCollator(self.data, self.umm.grid, args, 0)
         with _evaluating_frozen(self.umm):
             trainer = EncoderTrainer(stage, args, train_dataset=stream, data_collator=collator, callbacks=self._given)
+            if config.stage1_penalty and config.unique_weight:
+                trainer.critics = new_critics(config.factor_size, len(self.layers), config)
             trainer.fit()
         if trainer.is_world_process_zero():
             encoders.save_pretrained(finished)
@@ -295,23 +328,6 @@ class DIVATrainer(UMMTrainer):
             if gradient is not None:
                 p.grad = share * gradient if p.grad is None else p.grad + share * gradient
         return torch.stack(losses).sum().detach() * share
-
-    # --- files ---
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero() and (self.critics or self.queues):
-            folder.mkdir(parents=True, exist_ok=True)
-            state = {"critics": [critic.state_dict() for critic in self.critics], "queues": self.queues}
-            torch.save(state, folder / EXTRAS_FILE)
-        super()._save_checkpoint(model, trial)
-
-    def _load_extras(self, folder: Path) -> None:
-        if (folder / EXTRAS_FILE).exists():
-            state = torch.load(folder / EXTRAS_FILE, weights_only=True, map_location=self.args.device)
-            self.queues = state["queues"]
-            for critic, saved in zip(self.critics, state["critics"], strict=True):
-                critic.load_state_dict(saved)
 
 
 @contextmanager

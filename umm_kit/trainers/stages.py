@@ -219,8 +219,11 @@ class EncoderStage(nn.Module):
         if config.bag_of_words:
             readouts.read_words()
 
-    def forward(self, batch: Mapping[str, Any], unique: bool) -> dict[str, Tensor]:
-        config = self.config
+    def forward(
+        self, batch: Mapping[str, Any], unique: bool, critics: Sequence[UniqueCritic] = (), ramp: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Mean of every term over the layers, and their weighted sum ``loss``; ``ramp`` is the critics' penalty's."""
+        config, each = self.config, len(critics) // len(self.layers)
         with torch.no_grad():
             u, g = self._flows[0](batch, self.layers)
         if u.logits is None or g.logits is None or u.labels is None or g.labels is None:
@@ -229,11 +232,13 @@ class EncoderStage(nn.Module):
         labels = {flow: paired(s, flow, config) for flow, s in zip(FLOWS, (u.labels, g.labels), strict=True)}
         words = paired(bag_of_words(u.labels, u.logits.shape[-1]), "generation", config) if config.bag_of_words else None
         found: dict[str, list[Tensor]] = {}
-        for layer in self.layers:
+        for k, layer in enumerate(self.layers):
             z = self.encoders(states_at(u, g, layer, batch["anchor"], config))
             terms = shared_terms(z, z, batch, {}, config) if config.stage1_alignment else {}
             if unique and config.orthogonality_weight:
                 terms["orthogonality_loss"] = orthogonality_term(z, config)
+            if unique and critics:
+                terms |= unique_terms(z, critics[k * each : (k + 1) * each], batch, config)
             read = z if words is None else Factors({**z.shared, "generation": words}, z.unique)
             for flow, s in self.readouts(logits, read, unique).items():
                 terms[f"{flow}_loss"] = token_losses(s, labels[flow])[1].mean()
@@ -241,6 +246,7 @@ class EncoderStage(nn.Module):
                 found.setdefault(name, []).append(value)
         means = {name: torch.stack(values).mean() for name, values in found.items()}
         weights = {"orthogonality_loss": config.orthogonality_weight, "shared_loss": config.shared_weight}
+        weights["unique_loss"] = ramp * config.unique_weight
         losses = [weights.get(name, 1.0) * value for name, value in means.items() if name.endswith("_loss")]
         gains = {f"{flow}_gain": r.per_example_loss.mean() - means[f"{flow}_loss"] for flow, r in zip(FLOWS, (u, g), strict=True)}
         return {"loss": torch.stack(losses).sum(), **means, **{name: value.detach() for name, value in gains.items()}}
