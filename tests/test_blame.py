@@ -7,11 +7,21 @@ import pytest
 import torch
 
 from umm_kit.data.digits import Digits
-from umm_kit.data.language import parse, prompts
+from umm_kit.data.language import parse, prompts, vocabulary_corpus
 from umm_kit.data.oracle import Oracle, holds, score_prompt
 from umm_kit.data.shapes import SceneObject, Shapes
-from umm_kit.evaluation.blame import PerfectReader, PerfectWriter, ThroughTokenizer, arrange, blame, unified_bench
+from umm_kit.evaluation.blame import (
+    PerfectReader,
+    PerfectWriter,
+    ThroughTokenizer,
+    WithoutPixels,
+    arrange,
+    blame,
+    unified_bench,
+)
 from umm_kit.evaluation.survival import cosine
+from umm_kit.models.base import Decoding
+from umm_kit.models.masked import MaskedUMM
 
 DATA = Shapes("test", n=24, seed=6)
 
@@ -166,3 +176,19 @@ def test_unified_bench_refuses_bad_input():
 def test_scenes_of_the_writer_are_those_of_the_renderer():
     text = "a small red circle at the top"
     assert Oracle().read(draw([text]))[0].shows([SceneObject("top", "circle", "red", "small")])
+
+
+def test_codes_that_are_handed_on_skip_the_pixels():
+    """The same drawing, read from its codes; pictures that were not drawn here are read as ever."""
+    model = MaskedUMM.tiny(list(vocabulary_corpus()))
+    both, texts, seed = WithoutPixels(model), [DATA.caption(i) for i in range(6)], 3
+    drawn = both.generate(texts, decoding=Decoding(steps=2), generator=torch.Generator().manual_seed(seed))
+    again = model.generate(texts, decoding=Decoding(steps=2), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(drawn, again)
+    calls, encode = [], model.image_tokenizer.encode
+    model.image_tokenizer.encode = lambda images: calls.append(len(images)) or encode(images)
+    assert both.understand(drawn) == model.understand(drawn, codes=both.codes) and not calls
+    others = DATA.images(range(6))
+    assert both.understand(others) == model.understand(others) and calls == [6, 6]
+    with pytest.raises(ValueError, match=r"codes are \(2, 3\); expected \(6, 64\)"):
+        model.understand(others, codes=torch.zeros(2, 3, dtype=torch.long))

@@ -6,7 +6,8 @@ import torch
 from umm_kit.data.language import caption
 from umm_kit.data.oracle import Oracle
 from umm_kit.data.shapes import Shapes
-from umm_kit.evaluation.cycles import Cycles, batches, ceilings_of, choose_layers, in_evaluation, origins
+from umm_kit.evaluation.blame import PerfectReader, PerfectWriter
+from umm_kit.evaluation.cycles import Cycles, around, batches, ceilings_of, choose_layers, in_evaluation, origins
 from umm_kit.evaluation.facts import FactTable, said, seen
 from umm_kit.models.masked import MaskedUMM
 
@@ -172,3 +173,19 @@ def test_evaluation_mode_is_given_back(tiny):
         assert not tiny.training
     assert tiny.training
     tiny.eval()
+
+
+def test_one_text_or_picture_goes_around():
+    class Perfect(PerfectReader, PerfectWriter):
+        def __init__(self):
+            PerfectReader.__init__(self, DATA)
+            PerfectWriter.__init__(self, DATA)
+
+    both = Perfect()
+    words = around(both, "a small red circle at the top", cycles=2)
+    assert [isinstance(step, str) for step in words] == [True, False, True, False, True] and words[4] == words[0]
+    pictures = around(both, DATA.images([0])[0], cycles=1)
+    assert [isinstance(step, str) for step in pictures] == [False, True, False] and pictures[1] == DATA.caption(0, "placed")
+    for first, cycles in ((" ", 1), ("a circle", 0)):
+        with pytest.raises(ValueError, match="expected at least one cycle, and words"):
+            around(both, first, cycles)

@@ -1,5 +1,7 @@
 """The drift player: what it shows follows the sliders, and says which facts are kept, lost and denied."""
 
+from datetime import datetime
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from umm_kit.data.shapes import Shapes
 from umm_kit.evaluation.blame import PerfectReader, PerfectWriter
 from umm_kit.evaluation.facts import DENIED, KEPT
 from umm_kit.models.masked import MaskedUMM
-from umm_kit.widgets.drift import drift_player
+from umm_kit.widgets.drift import drift_player, make_it_drift
 
 DATA = Shapes("test", n=12, seed=0)
 
@@ -66,3 +68,42 @@ def test_without_pictures_it_says_what_to_do(found):
     bare = uk.drift(untrained(), DATA, cycles=1, keep=0, reader=PerfectReader(DATA), writer=Repaint(DATA), progress=False)
     with pytest.raises(ValueError, match="keep=8"):
         drift_player(bare)
+
+
+def png_of(image):
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray((image.permute(1, 2, 0).numpy() * 255).astype("uint8")).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_make_it_drift_takes_a_text_or_a_picture():
+    class Model(PerfectReader, Repaint):
+        image_size = 32
+
+        def __init__(self):
+            PerfectReader.__init__(self, DATA)
+            Repaint.__init__(self, DATA)
+
+    widget = make_it_drift(Model(), "a small blue circle at the top", cycles=2)
+    widget.go.click()
+    assert widget.said.value.endswith("has become &#x27;a small red circle at the top&#x27;") and len(widget.steps) == 5
+    shown = widget.strip.value
+    assert shown[:4] == b"\x89PNG"
+    picture = {
+        "name": "mine.png",
+        "type": "image/png",
+        "size": 1,
+        "content": png_of(DATA.images([0])[0]),
+        "last_modified": datetime.now(),
+    }
+    widget.upload.value = (picture,)
+    assert len(widget.steps) == 5 and isinstance(widget.steps[0], torch.Tensor) and widget.strip.value != shown
+    widget.upload.value = ({**picture, "content": b"no picture"},)
+    assert "mine.png cannot be read as a picture" in widget.said.value
+    widget.text.value = " "
+    widget.go.click()
+    assert "expected at least one cycle, and words to start from" in widget.said.value

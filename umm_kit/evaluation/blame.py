@@ -99,6 +99,25 @@ class ThroughTokenizer:
         return self.model.image_tokenizer.reconstruct(drawn.to(getattr(self.model, "device", "cpu"))).float().cpu()
 
 
+class WithoutPixels:
+    """A model that reads the codes of the pictures it drew last, and not what its tokenizer makes of their pixels.
+
+    Other pictures it reads as ever. For models that draw codes (``generate_codes``), such as the masked family.
+    """
+
+    def __init__(self, model: Any):
+        self.model, self.codes, self.drawn = model, torch.zeros(0), torch.zeros(0)
+
+    def generate(self, texts: Sequence[str], **options: Any) -> Tensor:
+        codes = torch.zeros(len(texts), self.model.num_image_tokens, dtype=torch.long, device=self.model.device)
+        self.codes = self.model.generate_codes(texts, codes, torch.ones_like(codes, dtype=torch.bool), **options)
+        self.drawn = self.model.image_tokenizer.decode(self.codes).float().cpu()
+        return self.drawn
+
+    def understand(self, images: Tensor, **options: Any) -> list[str]:
+        return self.model.understand(images, codes=self.codes if torch.equal(images.cpu(), self.drawn) else None, **options)
+
+
 def blame(
     model: Any,
     data: Shapes,
@@ -115,7 +134,8 @@ def blame(
 
     The oracle stands in as a perfect reader (it says all that it sees, places included) and the renderer as a perfect writer;
     ``other`` is a second model. "oracle through the tokenizer" is a perfect writer whose pictures go through the model's image
-    tokenizer: what is lost there between two perfect partners is the tokenizer's part.
+    tokenizer: what is lost there between two perfect partners is the tokenizer's part. "model, codes handed on" reads the
+    codes it drew (:class:`WithoutPixels`): what it gains is what the way through pixels costs the model itself.
 
     Returns:
         Columns reader, writer, mean_survival, low, high, n (items); all rows have the ceiling of ``model``, so that one without
@@ -136,6 +156,10 @@ def blame(
     if hasattr(model, "image_tokenizer"):
         writers["oracle through the tokenizer"] = ThroughTokenizer(writers["oracle"], model)
         pairs.append(("oracle", "oracle through the tokenizer"))
+    if hasattr(model, "generate_codes"):
+        on_codes = "model, codes handed on"
+        readers[on_codes] = writers[on_codes] = WithoutPixels(model)
+        pairs.append((on_codes, on_codes))
     rows = []
     for r, w in pairs:
         found = drift(

@@ -149,6 +149,30 @@ class Cycles:
         return trace
 
 
+def around(
+    model: Any, first: str | Tensor, cycles: int = 4, seed: int = 0, decoding: Decoding = Decoding()
+) -> list[str | Tensor]:
+    """One text, or one picture [3, H, W], on its way around: steps 0 to 2 * cycles, texts and pictures [3, H, W] in turn.
+
+    Raises:
+        ValueError: an empty text, a picture that does not fit, cycles below 1.
+
+    Example:
+        >>> around(model, "a small red circle", cycles=2)[2]  # doctest: +SKIP
+        'a small red circle'
+    """
+    if cycles < 1 or (isinstance(first, str) and not first.strip()):
+        raise ValueError(f"{cycles=}, the text is {first!r}; expected at least one cycle, and words to start from")
+    steps: list[str | Tensor] = [first]
+    shown: list[str] | Tensor = [first] if isinstance(first, str) else check_images(first[None])
+    go = Cycles(model, model, model, decoding=decoding)
+    with in_evaluation(model), torch.no_grad():
+        for step in range(1, 2 * cycles + 1):
+            shown = go.next(shown, f"{seed} {step}")
+            steps.append(shown[0])
+    return steps
+
+
 def batches(data: Any, batch_size: int, start: str) -> Iterator[dict[str, Any]]:
     """Checked batches (ids, texts, images) of a data set; captions may be missing unless they are where cycles start."""
     seen_ids: set[str] = set()

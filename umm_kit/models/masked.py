@@ -441,14 +441,18 @@ class MaskedUMM(PreTrainedModel):
         prompts: Sequence[str] | None = None,
         decoding: Decoding = Decoding(),
         generator: torch.Generator | None = None,
+        codes: Tensor | None = None,
     ) -> list[str]:
-        """Caption each image, or answer one question about each."""
+        """Caption each image, or answer one question about each; of ``codes`` [B, N], where given, the pixels are not read."""
         check_images(images, (self.image_size, self.image_size))
         if prompts is not None and len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts came with {len(images)} images; expected one each")
         if not len(images):
             return []
-        codes = self.image_tokenizer.encode(images.to(self.device))
+        if codes is None:
+            codes = self.image_tokenizer.encode(images.to(self.device))
+        elif tuple(codes.shape) != (len(images), self.num_image_tokens):
+            raise ValueError(f"codes are {tuple(codes.shape)}; expected {(len(images), self.num_image_tokens)}, a row per image")
         packed = self.pack([[(p, None)] for p in (prompts or [DESCRIBE] * len(images))])
         asked = (packed["segment"] >= 0).sum(1)
         if int(asked.min()) == 0:

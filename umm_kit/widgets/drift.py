@@ -1,14 +1,21 @@
-"""The drift player: one item on its way around, with what it keeps, what it loses and what it denies."""
+"""Two controls for drift: a player of items on their way around, and one for words and pictures of your own."""
 
 from __future__ import annotations
 
 import html
+import io
+from typing import Any
 
 import ipywidgets
+import torch
+from torch import Tensor
 
 from umm_kit import plots
+from umm_kit.data.imagetext import read_image
+from umm_kit.evaluation.cycles import around
 from umm_kit.evaluation.drift import Drift
 from umm_kit.evaluation.facts import DENIED, KEPT
+from umm_kit.models.base import Decoding
 from umm_kit.widgets import pixel_png, png
 
 _LOOK = {KEPT: ("✓", "#0b6e4f", "#e3f4ec"), DENIED: ("✗", "#9d0208", "#fde8e8")}  # a mark, and not the colour alone
@@ -71,4 +78,55 @@ class DriftPlayer(ipywidgets.VBox):
         return f"<p>{''.join(chips)}</p>"
 
 
+class MakeItDrift(ipywidgets.VBox):
+    """A text of your own, or a picture, on its way around.
+
+    Args:
+        model: drivable, with an ``image_size``. text: to begin with.
+
+    Attributes:
+        text, cycles, go, upload: the controls. steps: texts and pictures of the last run, in turn. said: what came of it.
+    """
+
+    def __init__(self, model: Any, text: str = "a small red circle", cycles: int = 4, decoding: Decoding = Decoding()):
+        self.model, self.decoding, self.steps = model, decoding, list[str | Tensor]()
+        wide = ipywidgets.Layout(width="420px")
+        self.text = ipywidgets.Text(text, description="say", layout=wide, continuous_update=False).add_class("umm-text")
+        self.cycles = ipywidgets.BoundedIntText(cycles, 1, 12, description="cycles").add_class("umm-cycles")
+        self.go = ipywidgets.Button(description="Go around").add_class("umm-go")
+        self.upload = ipywidgets.FileUpload(accept="image/*", description="or a picture").add_class("umm-upload")
+        self.said = ipywidgets.HTML().add_class("umm-said")
+        self.strip = ipywidgets.Image(layout=ipywidgets.Layout(width="100%", height="auto")).add_class("umm-strip")
+        super().__init__([ipywidgets.HBox([self.text, self.cycles, self.go, self.upload]), self.said, self.strip])
+        self.go.on_click(lambda _: self.run(self.text.value))
+        self.upload.observe(self._uploaded, "value")
+
+    def _uploaded(self, change: Any) -> None:
+        if not change["new"]:
+            return
+        file = change["new"][0]
+        try:
+            picture = read_image(io.BytesIO(bytes(file["content"])), self.model.image_size)
+        except ValueError as error:
+            self.said.value = html.escape(f"{file['name']} cannot be read as a picture: {error}")
+            return
+        self.run(picture)
+
+    def run(self, first: str | Tensor) -> None:
+        """Go around from a text or a picture [3, H, W]; mistakes are said, not raised."""
+        self.said.value = "going around ..."
+        try:
+            self.steps = around(self.model, first, self.cycles.value, decoding=self.decoding)
+        except ValueError as error:
+            self.said.value = html.escape(str(error))
+            return
+        at = [k for k, step in enumerate(self.steps) if isinstance(step, Tensor)]
+        read = [str(self.steps[k + 1]) or "(no words)" if k + 1 < len(self.steps) else "" for k in at]
+        titles = ["your picture" if k == 0 else f"cycle {(k + 1) // 2}" for k in at]
+        self.strip.value = png(plots.image_grid(torch.stack([self.steps[k] for k in at]), titles, read))  # type: ignore[misc]
+        words = [step for step in self.steps if isinstance(step, str)]
+        self.said.value = html.escape(f"{self.cycles.value} cycles: {words[0]!r} has become {words[-1]!r}")
+
+
 drift_player = DriftPlayer
+make_it_drift = MakeItDrift
