@@ -118,7 +118,7 @@ def test_the_tokenizer_and_the_other_model_have_their_rows(table):
     assert found["other", "model"] < found["oracle", "oracle"] - 0.2 and found["model", "other"] == pytest.approx(
         found["oracle", "oracle"]
     )
-    through = found["oracle", "oracle through the tokenizer"]
+    through = found["oracle", "oracle, tokenized"]
     assert 0.7 < through < found["oracle", "oracle"] - 0.05  # what is blanked is lost
 
 

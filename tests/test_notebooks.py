@@ -28,7 +28,9 @@ def test_form(source):
     assert len(prose) >= len(cells) / 2
     title = cells[0].source.splitlines()[0]
     assert title.startswith("# ") and title.endswith("?"), "the title is a question"
-    assert re.search(r"\*\*Claim\.\*\*.*Sec\. \d", cells[0].source, re.DOTALL) and "**Run time.**" in cells[0].source
+    assert (
+        re.search(r"\*\*Claim\.\*\*.*(Sec\. \d|\(abstract\))", cells[0].source, re.DOTALL) and "**Run time.**" in cells[0].source
+    )
     tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1 and re.findall(r"^([A-Z]+) = ", tagged[0].source, re.M) == ["PRESET", "SEED", "DEVICE", "MODEL"]
     text = "\n".join(c.source for c in prose)

@@ -133,9 +133,9 @@ def blame(
     """Mean survival with the reader, the writer or both exchanged: who forgets?
 
     The oracle stands in as a perfect reader (it says all that it sees, places included) and the renderer as a perfect writer;
-    ``other`` is a second model. "oracle through the tokenizer" is a perfect writer whose pictures go through the model's image
-    tokenizer: what is lost there between two perfect partners is the tokenizer's part. "model, codes handed on" reads the
-    codes it drew (:class:`WithoutPixels`): what it gains is what the way through pixels costs the model itself.
+    ``other`` is a second model. "oracle, tokenized" is a perfect writer whose pictures go through the model's image tokenizer:
+    what is lost there between two perfect partners is the tokenizer's part. "model, on codes" reads the codes it drew
+    (:class:`WithoutPixels`): what it gains is what the way through pixels costs the model itself.
 
     Returns:
         Columns reader, writer, mean_survival, low, high, n (items); all rows have the ceiling of ``model``, so that one without
@@ -154,10 +154,10 @@ def blame(
         readers["other"] = writers["other"] = other
     pairs = [(r, w) for r in readers for w in writers]
     if hasattr(model, "image_tokenizer"):
-        writers["oracle through the tokenizer"] = ThroughTokenizer(writers["oracle"], model)
-        pairs.append(("oracle", "oracle through the tokenizer"))
+        writers["oracle, tokenized"] = ThroughTokenizer(writers["oracle"], model)
+        pairs.append(("oracle", "oracle, tokenized"))
     if hasattr(model, "generate_codes"):
-        on_codes = "model, codes handed on"
+        on_codes = "model, on codes"
         readers[on_codes] = writers[on_codes] = WithoutPixels(model)
         pairs.append((on_codes, on_codes))
     rows = []

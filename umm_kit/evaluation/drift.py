@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -316,7 +317,7 @@ def drift(
         for trace in runs:
             trace.contents[0] = list(table.origins)  # what is known of the origin, not what is read in it
     record = {
-        "model": str(getattr(model, "name_or_path", "") or type(model).__name__), "data": repr(data), "cycles": cycles,
+        "model": Path(getattr(model, "name_or_path", "") or type(model).__name__).name, "data": repr(data), "cycles": cycles,
         "start": start, "repeats": repeats, "seed": seed, "batch_size": batch_size, "decoding": asdict(decoding),
         "layers": chosen, "reader": type(around.reader).__name__, "writer": type(around.writer).__name__,
         "teacher": None if teacher is None else type(teacher).__name__, "device": machine(),

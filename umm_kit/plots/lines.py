@@ -161,10 +161,10 @@ def curves(panels: Sequence[Panel], columns: int = 3, size: tuple[float, float] 
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(columns * size[0], rows * size[1]))
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    wide, high = size[0] - 0.8, size[1] - 0.75  # room for labels, in inches: letting them find it takes twice the time
+    width, height = size[0] - 0.8, size[1] - 0.75  # room for labels, in inches: letting them find it takes twice the time
     edges = {"left": 0.7 / figure.get_figwidth(), "bottom": 0.5 / figure.get_figheight()}
     edges |= {"right": 1 - 0.1 / figure.get_figwidth(), "top": 1 - 0.25 / figure.get_figheight()}
-    figure.subplots_adjust(**edges, wspace=0.8 / wide, hspace=0.75 / high)
+    figure.subplots_adjust(**edges, wspace=0.8 / width, hspace=0.75 / height)
     for ax in list(axes)[len(panels) :]:
         figure.delaxes(ax)
     for ax, panel in zip(figure.axes, panels, strict=True):
@@ -183,9 +183,10 @@ def curves(panels: Sequence[Panel], columns: int = 3, size: tuple[float, float] 
             ax.axvline(panel.mark, color="0.5", linewidth=4, alpha=0.3, zorder=0)
         ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log" if panel.log else "linear")
         bottom, top = ax.get_ylim()
-        ax.set_ylim(bottom, top + 0.09 * len(panel.series) * (top - bottom))  # the legend's place
+        wide = 1 + (len(panel.series) > 5)  # columns of the legend
+        ax.set_ylim(bottom, top + 0.09 * math.ceil(len(panel.series) / wide) * (top - bottom))  # the legend's place
         ax.set_yticks([tick for tick in ax.get_yticks() if bottom <= tick <= top])  # where no value lies, no number
-        ax.legend(fontsize=TEXT_SIZE - 1, loc="upper left", borderaxespad=0.1)
+        ax.legend(fontsize=TEXT_SIZE - 1, loc="upper left", borderaxespad=0.1, ncols=wide)
     return figure
 
 

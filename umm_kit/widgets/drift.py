@@ -125,7 +125,8 @@ class MakeItDrift(ipywidgets.VBox):
         titles = ["your picture" if k == 0 else f"cycle {(k + 1) // 2}" for k in at]
         self.strip.value = png(plots.image_grid(torch.stack([self.steps[k] for k in at]), titles, read))  # type: ignore[misc]
         words = [step for step in self.steps if isinstance(step, str)]
-        self.said.value = html.escape(f"{self.cycles.value} cycles: {words[0]!r} has become {words[-1]!r}")
+        origin = repr(first) if isinstance(first, str) else f"your picture, read as {words[0]!r},"
+        self.said.value = html.escape(f"{origin} has become {words[-1]!r}")
 
 
 drift_player = DriftPlayer
