@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from umm_kit.data.language import vocabulary_corpus
-from umm_kit.experiments import Ledger, diva
+from umm_kit.experiments import Ledger, comparison, diva
 from umm_kit.models.masked import MaskedUMM
 
 TINY = diva.PRESETS["tiny"]
@@ -18,7 +18,7 @@ def runs(arm, gain, seeds=(0, 1), bases=("a", "b"), n=200):
         for seed in seeds if arm != "base" else (None,):
             rng = np.random.default_rng([len(base), 0 if seed is None else seed + 1, len(arm)])
             items = {}
-            for metric in diva.ENDPOINTS:
+            for metric in diva.STUDY.endpoints:
                 sign = -1 if metric.endswith("_loss") else 1
                 items[metric] = 0.5 + np.linspace(0, 0.1, n) + sign * gain + 0.01 * rng.standard_normal(n) * (arm != "base")
             yield {"name": f"{base}, {arm}, {seed}", "arm": arm, "base": base, "seed": seed, "items": items}
@@ -29,8 +29,8 @@ def records(**gains):
 
 
 def test_effects_recover_planted_gains_of_scores_and_losses():
-    frame = diva.effects(records(base=0, sft_all=0.02, sft_middle=0.01, diva=0.05)).set_index(["arm", "metric"])
-    for metric in diva.ENDPOINTS:
+    frame = diva.STUDY.effects(records(base=0, sft_all=0.02, sft_middle=0.01, diva=0.05)).set_index(["arm", "metric"])
+    for metric in diva.STUDY.endpoints:
         row = frame.loc[("diva", metric)]
         assert row.over_base == pytest.approx(0.05, abs=0.002) and row.over_sft == pytest.approx(0.03, abs=0.002)
         assert row.rival == "sft_all" and row.runs == 4 and row.n == 200
@@ -46,19 +46,19 @@ def test_diva_counts_only_if_it_beats_the_better_fine_tuning(gain, said):
         for r in found.values():
             if r["arm"] == "diva":
                 r["items"] = {m: v + (0.03 if r["base"] == "a" else -0.03) for m, v in r["items"].items()}
-    frame = diva.verdict(diva.effects(found))
+    frame = comparison.verdict(diva.STUDY.effects(found), "diva")
     assert set(frame.verdict) == {said} and set(frame.rival) == {"sft_middle"}
 
 
 def test_differences_pair_what_was_trained_with_one_seed():
     found = records(base=0, diva=0.1)
     del found["a, diva, 1"]
-    tree = diva.differences(found, "diva", "base", "understanding")
+    tree = comparison.differences(found, "diva", "base", "understanding")
     assert [len(seeds) for seeds in tree] == [1, 2]
     np.testing.assert_allclose(
         tree[0][0], found["a, diva, 0"]["items"]["understanding"] - found["a, base, None"]["items"]["understanding"]
     )
-    loss = diva.differences(found, "diva", "base", "generation_loss")
+    loss = comparison.differences(found, "diva", "base", "generation_loss")
     assert np.mean(loss[1][0]) == pytest.approx(0.1, abs=0.01), "a lower loss is a gain"
 
 
@@ -70,31 +70,32 @@ def test_ablation_order_is_kept_reversed_or_undecided():
 
 
 def test_without_fine_tuning_nothing_is_said():
-    with pytest.raises(ValueError, match="cannot be compared"):
-        diva.effects(records(base=0, diva=1))
-    assert "6 trained" not in diva.summary(records(base=0, diva=1)) and "4 trained" in diva.summary(records(base=0, diva=1))
+    with pytest.raises(ValueError, match="nothing can be compared"):
+        diva.STUDY.effects(records(base=0, diva=1))
+    assert "6 trained" not in diva.STUDY.summary(records(base=0, diva=1)) and "4 trained" in diva.STUDY.summary(
+        records(base=0, diva=1)
+    )
 
 
 def test_steps_are_matched_in_processor_seconds_or_in_examples():
     config = diva.DIVAConfig.tiny()
     stages = config.stage1_steps + config.max_steps
     costs = {f"cost of {name}": {"processor_seconds": s} for name, s in {"diva": 90, "sft_all": 30, "sft_middle": 45}.items()}
-    assert diva.matched_steps(costs, "sft_all", TINY) == 3 * stages
-    assert diva.matched_steps(costs, "sft_middle", TINY) == 2 * stages
-    assert diva.matched_steps({}, "sft_middle_examples", TINY) == stages
+    assert diva.STUDY.matched_steps(costs, "sft_all", TINY) == 3 * stages
+    assert diva.STUDY.matched_steps(costs, "sft_middle", TINY) == 2 * stages
+    assert diva.STUDY.matched_steps({}, "sft_middle_examples", TINY) == stages
     with pytest.raises(ValueError, match="cost of diva"):
-        diva.matched_steps({}, "sft_all", TINY)
+        diva.STUDY.matched_steps({}, "sft_all", TINY)
 
 
 def test_the_best_rate_asks_for_all_trials():
     trial = lambda u, g: {"means": {"understanding": u, "generation": g}}  # noqa: E731
-    trials = {
-        diva.tuning_name("diva", rate): trial(u, g) for rate, (u, g) in zip(diva.RATES, ((1, 0), (0.6, 0.6), (0, 1)), strict=True)
-    }
-    assert diva.best_rate(trials, "diva", TINY) == diva.RATES[1]
-    del trials[diva.tuning_name("diva", diva.RATES[0])]
+    names = [comparison.tuning_name("diva", rate) for rate in TINY.rates]
+    trials = {name: trial(u, g) for name, (u, g) in zip(names, ((1, 0), (0.6, 0.6), (0, 1)), strict=True)}
+    assert diva.STUDY.best_rate(trials, "diva", TINY) == TINY.rates[1]
+    del trials[names[0]]
     with pytest.raises(ValueError, match="not tried at"):
-        diva.best_rate(trials, "diva", TINY)
+        diva.STUDY.best_rate(trials, "diva", TINY)
 
 
 def test_every_arm_is_a_configuration_that_the_trainer_takes(tmp_path):
@@ -113,27 +114,27 @@ def test_tuning_and_arms_run_and_resume(tmp_path, monkeypatch):
     small = replace(TINY, bases=(str(base),), seeds=(0,), rates=(1e-4,), arms=("sft_middle", "diva"))
     small = replace(small, n=8, n_prompts=1, n_tuning=8, settings=settings)
     monkeypatch.setitem(diva.PRESETS, "seconds", small)
-    monkeypatch.setattr(diva, "TUNED", ("sft_middle", "diva"))
-    monkeypatch.setattr(diva, "CAUSES", ("no_unique",))
+    arms = {name: diva.ARMS[name] for name in ("sft_middle", "diva", "no_unique")}
+    study = replace(diva.STUDY, arms=arms, causes=("no_unique",))
     records = tmp_path / "diva.jsonl"
     with pytest.raises(ValueError, match="diva-tuning"):
-        diva.run("seconds", records, tmp_path / "runs")
-    diva.tune("seconds", tmp_path / "diva-tuning.jsonl", tmp_path / "tuning")
+        study.run("seconds", records, tmp_path / "runs")
+    study.tune("seconds", tmp_path / "diva-tuning.jsonl", tmp_path / "tuning")
     tuning = Ledger(tmp_path / "diva-tuning.jsonl").records()
-    assert len(tuning) == 2 * len(diva.TUNED) + 2, "costs, trials, the base, and one cause"
-    diva.run("seconds", records, tmp_path / "runs")
+    assert len(tuning) == 2 * len(study.tuned) + 2, "costs, trials, the base, and one cause"
+    study.run("seconds", records, tmp_path / "runs")
     done = Ledger(records).records()
     assert set(done) == {"base-0, base", "base-0, sft_middle, seed 0", "base-0, diva, seed 0"}
     assert done["base-0, diva, seed 0"]["steps"] == 2 and done["base-0, sft_middle, seed 0"]["steps"] > 2
     stamp = records.read_bytes()
-    diva.run("seconds", records, tmp_path / "runs")
+    study.run("seconds", records, tmp_path / "runs")
     assert records.read_bytes() == stamp, "what is there is not run again"
 
 
 def test_core_arms_have_every_seed_and_come_seed_by_seed():
     wanted = replace(TINY, bases=("a", "b"), seeds=(0, 1), few_seeds=(0,), arms=("sft_middle", "pcgrad", "diva"))
-    runs = wanted.runs()
+    runs = diva.STUDY.runs(wanted)
     assert runs[:2] == [("base", "a", None), ("base", "b", None)]
     assert [seed for *_, seed in runs[2:]] == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
     assert {arm for arm, *_ in runs[2:10]} == {"sft_middle", "diva"} and {arm for arm, *_ in runs[10:]} == {"pcgrad"}
-    assert len(TINY.runs()) == 3 + 4 * 3 * len(diva.CORE) + 3 * (len(diva.ARMS) - len(diva.CORE))
+    assert len(diva.STUDY.runs(TINY)) == 3 + 4 * 3 * len(diva.STUDY.core) + 3 * (len(diva.ARMS) - len(diva.STUDY.core))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from umm_kit.data.language import vocabulary_corpus
-from umm_kit.experiments import Ledger, diva, frontier
+from umm_kit.experiments import Ledger, comparison, diva, frontier
 from umm_kit.models.masked import MaskedUMM
 
 
@@ -55,7 +55,7 @@ def test_a_frontier_of_seconds(tmp_path, monkeypatch):
     tuning = Ledger(tmp_path / "diva-tuning.jsonl")
     for name in ("sft_middle", "diva"):
         tuning.add(f"cost of {name}", {"processor_seconds": 1})
-        tuning.add(diva.tuning_name(name, 1e-4), {"means": {"understanding": 0, "generation": 0}})
+        tuning.add(comparison.tuning_name(name, 1e-4), {"means": {"understanding": 0, "generation": 0}})
     said = frontier.run("seconds", tmp_path / "frontier.jsonl", tmp_path / "runs")
     records = Ledger(tmp_path / "frontier.jsonl").records()
     assert len(records) == 6 and "Is DIVA's frontier below" in said

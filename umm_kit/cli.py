@@ -31,6 +31,8 @@ EXPERIMENTS = {
     "atlas": ("atlas", "run"),
     "diva-tuning": ("diva", "tune"),
     "diva": ("diva", "run"),
+    "latentumm-tuning": ("latentumm", "tune"),
+    "latentumm": ("latentumm", "run"),
     "frontier": ("frontier", "run"),
     "planted": ("planted", "run"),
     "intervention": ("intervention", "run"),
@@ -124,7 +126,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 
     sub = command(reproduce, folder)
     sub.add_argument("what", nargs="?", choices=("notebooks", *EXPERIMENTS), default="notebooks", help="(default: %(default)s)")
-    sub.add_argument("--preset", help="of sizes: full or tiny (of diva, tiny is the only one, and the default)")
+    sub.add_argument("--preset", help="of sizes: full or tiny (of diva and latentumm, tiny is the only one)")
     sub.add_argument("--output", default="build", metavar="FOLDER", help="executed notebooks and figures (default: %(default)s)")
     sub.add_argument("--records", type=Path, metavar="FILE.jsonl", help="of an experiment (default: experiments/WHAT.jsonl)")
     sub.add_argument("--runs", default="runs", metavar="FOLDER", help="of an experiment's models (default: %(default)s)")

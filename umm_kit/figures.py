@@ -127,7 +127,7 @@ def arms(frame: pd.DataFrame, against: str = "sft") -> Figure:
     Above 0 = better, of losses too. An arm is not compared with itself: fine-tuning that is the better one has no row.
 
     Args:
-        frame: as :func:`umm_kit.experiments.diva.effects` returns it.
+        frame: as ``umm_kit.experiments.comparison.effects`` returns it.
     """
     gain, rows = f"over_{against}", frame.dropna(subset=[f"over_{against}"])
     compared = rows.groupby("arm").metric.nunique()

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from umm_kit.data.shapes import Nuisance, Shapes
-from umm_kit.experiments import ASYMMETRIC, Ledger, diva, mine
+from umm_kit.experiments import ASYMMETRIC, Ledger, comparison, diva, mine
+from umm_kit.experiments.comparison import differences
 from umm_kit.features import Features, extract
 from umm_kit.models import load
 from umm_kit.statistics import hierarchical_bootstrap
@@ -28,7 +29,7 @@ LOSSES = ("understanding_loss", "generation_loss")
 class Preset:
     """``ratios``: weight of understanding over that of generation; the two sum to 2. The rest is that of the arms."""
 
-    arms: diva.Preset
+    arms: comparison.Preset
     ratios: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     n: int = 1024
 
@@ -54,12 +55,10 @@ def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, i
         if seed is not None:
             weights = {"understanding_weight": 2 * ratio / (1 + ratio), "generation_weight": 2 / (1 + ratio)}
             arm = replace(diva.ARMS[name], changes={**diva.ARMS[name].changes, **weights})
-            rate = diva.best_rate(tuning, arm.rate_of, chosen.arms)
-            steps = diva.matched_steps(tuning, name, chosen.arms)
+            rate = diva.STUDY.best_rate(tuning, arm.rate_of, chosen.arms)
+            steps = diva.STUDY.matched_steps(tuning, name, chosen.arms)
             where = folder / f"{Path(base).name}-{name}-{ratio:g}-{seed}"
-            model, content = diva.post_train(
-                base, arm, diva.config_of(arm, chosen.arms, seed, where, rate, steps), chosen.arms.texture
-            )
+            model, content = diva.post_train(base, arm, chosen.arms, seed, where, rate, steps)
         data = Shapes("validation", n=chosen.n, seed=100, nuisance=Nuisance(texture=chosen.arms.texture), without=ASYMMETRIC)
         flows = extract(model, data, layers=[0], seed=100, progress=False)
         assert isinstance(flows, Features)
@@ -98,7 +97,7 @@ def verdicts(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         some = {name: r for name, r in records.items() if r["ratio"] == ratio and r["arm"] in ARMS}
         found = []
         for metric in LOSSES:
-            tree = diva.differences(some, "diva", ARMS[0], metric)
+            tree = differences(some, "diva", ARMS[0], metric)
             if len(tree) > 1:
                 found.append(hierarchical_bootstrap(tree, shared_items=True))
         if len(found) == len(LOSSES):

@@ -1,0 +1,66 @@
+"""LatentUMM's arms: configurations, what is taken from a drift, and one run of seconds."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import umm_kit as uk
+from umm_kit.data.shapes import Shapes
+from umm_kit.evaluation.blame import PerfectReader, PerfectWriter
+from umm_kit.experiments import Ledger, latentumm
+
+TINY = latentumm.PRESETS["tiny"]
+DATA = Shapes("test", n=24, seed=6)
+
+
+class Forgetful(PerfectReader, PerfectWriter):
+    """Forgets everything about one picture in ``every``."""
+
+    def __init__(self, every):
+        PerfectReader.__init__(self, DATA)
+        PerfectWriter.__init__(self, DATA)
+        self.every = every
+
+    def understand(self, images, **options):
+        said = super().understand(images)
+        return ["nothing that can be read" if i % self.every == 0 else text for i, text in enumerate(said)]
+
+
+def test_every_arm_is_a_configuration_that_its_trainer_takes(tmp_path):
+    for name, arm in latentumm.ARMS.items():
+        config = latentumm.config_of(name, TINY, 0, tmp_path, 1e-4, 7 if arm.plain else None)
+        assert (config.max_steps == 7) == arm.plain, name
+    plain = latentumm.config_of("sft", TINY, 0, tmp_path, 1e-4, 7)
+    assert not plain.draws_pairs and not any((plain.modal_weight, plain.capacity_weight, plain.target_weight))
+    assert latentumm.config_of("released", TINY, 0, tmp_path, 1e-4).capacity == "heads"
+    with pytest.raises(ValueError, match="number of steps"):
+        latentumm.config_of("sft", TINY, 0, tmp_path, 1e-4)
+
+
+def test_items_of_a_drift_have_its_mean_survival():
+    found = uk.drift(Forgetful(4), DATA, cycles=2, progress=False)
+    items = latentumm.of_drift(found)
+    assert np.mean(items["survival"]) == pytest.approx(found.mean_survival.value, abs=1e-4)
+    lost = np.arange(24) % 4 == 0
+    assert np.all(np.array(items["survival"])[lost] < 0.1) and np.all(np.array(items["survival"])[~lost] > 0.5)
+    assert np.all(np.array(items["told"])[lost] == 0) and np.all(np.array(items["told"])[~lost] >= 4)
+    assert np.allclose(np.array(items["distinct"])[lost], 1 / 6, atol=1e-3), "six items ended in the same words"
+
+
+@pytest.mark.slow
+def test_arms_run_and_resume(tmp_path):
+    base = "tiny-tight-0"  # drift asks for a tokenizer that keeps pictures
+    settings = {"max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0, "prompts": 4, "rounds": 1, "pairs": 2}
+    settings |= {"rollouts": 2, "draws": 2, "drawing_steps": 1, "threshold": 0.0, "target_weight": 0.0}
+    small = replace(TINY, bases=(base,), seeds=(0,), rates=(1e-4,), arms=("sft", "dpo"), settings=settings)
+    small = replace(small, n=8, n_prompts=1, n_tuning=8, n_drift=8, cycles=1)
+    arms = {name: latentumm.ARMS[name] for name in ("sft", "latentumm", "dpo")}
+    study = replace(latentumm.STUDY, arms=arms, presets={"seconds": small})
+    study.tune("seconds", tmp_path / "latentumm-tuning.jsonl", tmp_path / "tuning")
+    study.run("seconds", tmp_path / "latentumm.jsonl", tmp_path / "runs")
+    done = Ledger(tmp_path / "latentumm.jsonl").records()
+    assert set(done) == {"tiny-tight-0, base", "tiny-tight-0, sft, seed 0", "tiny-tight-0, dpo, seed 0"}
+    assert {"survival", "told", "distinct"} < set(done["tiny-tight-0, dpo, seed 0"]["items"])
+    assert done["tiny-tight-0, dpo, seed 0"]["changes"]["preference"] == "dpo"
+    assert "2 trained models" in study.summary(done)
