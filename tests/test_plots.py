@@ -326,3 +326,20 @@ def test_paths_end_where_they_are_asked_to():
     for bad in (dict(item=5), dict(upto=4)):
         with pytest.raises(ValueError):
             plots.paths(points, **bad)
+
+
+def test_pushes_point_the_way_of_the_push_and_none_where_there_is_none():
+    rows = [("best", 0.9, 2.0), ("middle", 0.5, 0.0), ("worst", 0.1, -1.0)]
+    figure = plots.pushes({"a": rows, "b": rows[:2]}, "score")
+    first, second = figure.axes
+    ends = [(arrow.xy[0] - arrow.xyann[0]) for arrow in first.texts]
+    assert ends == pytest.approx([0.4, -0.2]), "the longest is half as long as the values are apart"
+    assert len(second.texts) == 1 and [t.get_text() for t in first.get_yticklabels()] == ["best", "middle", "worst"]
+    for wrong in ({}, {"a": []}):
+        with pytest.raises(ValueError, match="at least one panel"):
+            plots.pushes(wrong, "score")
+
+
+def test_training_draws_latentumm_and_its_collapse():
+    log = [{"step": k, "modal_loss": 1.0 / (k + 1), "total_variance": 2.0, "retrieval_at_1": 0.5} for k in range(3)]
+    assert [ax.get_title() for ax in plots.training(log).axes] == ["alignment", "scale", "told apart?"]

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from umm_kit.models.card import write_card
 from umm_kit.models.teachers import load_teacher
 from umm_kit.trainers.teacher import Contrastive, TeacherConfig, new_teacher, train
 
@@ -16,8 +17,10 @@ def config(folder, **changes):
 
 def test_a_tiny_training_is_saved_with_its_record_and_resumes(tmp_path):
     whole = train(config(tmp_path / "a"))
-    record = json.loads((tmp_path / "a/run.json").read_text())
-    assert record["scores"]["n"] == 512 and 0 <= record["scores"]["retrieval_at_1"] <= 1
+    assert json.loads((tmp_path / "a/run.json").read_text())["parameters"] > 1000
+    (score,) = json.loads((tmp_path / "a/scores.json").read_text())["metrics"]
+    assert (score["metric"], score["n"]) == ("retrieval_at_1", 512) and 0 <= score["low"] <= score["value"] <= score["high"] <= 1
+    assert "retrieval_at_1" in write_card(tmp_path / "a").read_text()
     again = load_teacher(tmp_path / "a", device="cpu")
     assert torch.equal(again.embed_text(["a red circle"]), whole.embed_text(["a red circle"]))
     shutil.copytree(tmp_path / "a", tmp_path / "b")

@@ -10,14 +10,16 @@ from matplotlib.figure import Figure
 
 
 def learning_curves(log: list[dict[str, Any]]) -> Figure:
-    """Training and validation loss of both flows against the step, from the log of a run."""
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    for axis, flow in zip(figure.subplots(1, 2), ("understanding", "generation"), strict=True):
-        for name, style in ((f"{flow}_loss", "-"), (f"eval_{flow}_loss", "o--")):
+    """Training and validation loss of both flows, or of a model without flows, against the step, from the log of a run."""
+    flows = [flow for flow in ("understanding", "generation") if any(f"{flow}_loss" in entry for entry in log)]
+    figure = Figure(figsize=(0.7 + 3.15 * len(flows or [""]), 2.6), layout="constrained")
+    for axis, flow in zip(figure.subplots(1, len(flows) or 1, squeeze=False).flat, flows or ["all"], strict=True):
+        ours = f"{flow}_loss" if flows else "loss"
+        for name, style in ((ours, "-"), (f"eval_{ours}", "o--")):
             points = [(entry["step"], entry[name]) for entry in log if name in entry]
             if points:
                 axis.plot(*zip(*points, strict=True), style, markersize=3, label="validation" if style == "o--" else "training")
-        axis.set(xlabel="step", ylabel="nats per supervised token", title=flow)
+        axis.set(xlabel="step", ylabel="nats per supervised token" if flows else "loss in nats", title=flow if flows else "")
         axis.legend(frameon=False)
     return figure
 

@@ -1,7 +1,8 @@
 """Stronger embedding models: what LatentUMM aligns to, and what drift can be measured by from outside.
 
-A teacher puts texts and images into one space. Three kinds: any CLIP-like checkpoint of transformers, a small one of your own
-(``umm-kit train teacher``; none ships with the kit yet), and vectors that were computed elsewhere, kept by stable id.
+A teacher puts texts and images into one space. Three kinds: any CLIP-like checkpoint of transformers; a small one that was
+trained here (``load_teacher("tiny-teacher")``), or one of your own by ``umm-kit train teacher``; and vectors that were computed
+elsewhere, kept by stable id.
 """
 
 from __future__ import annotations
@@ -132,11 +133,11 @@ class CLIPTeacher:
         return cls(model.to(resolve_device(device)), tokenizer, pixels, **options)  # type: ignore[arg-type]
 
 
-def load_teacher(name: str | Path, device: str = "auto", download: bool = False) -> CLIPTeacher:
-    """The folder or hub id of a CLIP-like model (see ``CLIPTeacher.from_pretrained``), or a shipped one by name.
+def load_teacher(name: str | Path = "tiny-teacher", device: str = "auto", download: bool = False) -> CLIPTeacher:
+    """The shipped teacher by its name, or the folder or hub id of a CLIP-like model (see ``CLIPTeacher.from_pretrained``).
 
     Example:
-        >>> load_teacher("runs/teacher", device="cpu").embed_text(["a red circle"]).shape  # doctest: +SKIP
+        >>> load_teacher("tiny-teacher", device="cpu").embed_text(["a red circle"]).shape
         torch.Size([1, 64])
     """
     shipped = CHECKPOINTS / str(name)

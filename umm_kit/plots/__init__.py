@@ -6,7 +6,7 @@ arrays too. Colours stay apart under the common forms of colour blindness, and n
 
 from umm_kit.plots.lines import Panel, band, cumulative, curves, diagnosis, drift, forest, probes, scores, training
 from umm_kit.plots.pictures import TEXT_SIZE, as_array, as_pixels, image_grid, token_colours, token_maps
-from umm_kit.plots.points import gradient_arrows, heat_map, latent_map, paths, readings
+from umm_kit.plots.points import gradient_arrows, heat_map, latent_map, paths, pushes, readings
 
 __all__ = [
     "TEXT_SIZE",
@@ -25,6 +25,7 @@ __all__ = [
     "latent_map",
     "paths",
     "probes",
+    "pushes",
     "readings",
     "scores",
     "token_colours",

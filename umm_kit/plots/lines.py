@@ -196,12 +196,19 @@ _TRAINING = {
     "orthogonality": ("loss", "_loss", ("orthogonality",)),
     "shared factors": ("nats", "", ("shared_estimate", "shared_bound")),
     "unique factors": ("nats", "", ("critic_estimate", "unique_contrast", "critic_bound")),
+    "alignment": ("squared distance", "_loss", ("modal", "capacity", "target")),
+    "scale": ("total variance", "", ("total_variance",)),
+    "rank": ("dimensions", "", ("effective_rank",)),
+    "one direction?": ("cosine", "", ("positive_cosine", "negative_cosine")),
+    "told apart?": ("share of items", "", ("retrieval_at_1",)),
+    "rollouts": ("score", "", ("rollout_best", "rollout_mean", "rollout_worst")),
+    "preference": ("nats", "", ("chosen_shift", "rejected_shift")),
     "who pushes": ("share of gradient norms", "_gradient_share", ("understanding", "generation", "shared", "unique")),
 }
 
 
 def training(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Terms of DIVA's losses along a training: task losses, gain of the biases, estimates with their bounds, shares of gradient.
+    """A training's terms against its steps: task losses, and what else there is of DIVA's terms or LatentUMM's and its collapse.
 
     Args:
         log: entries with "step" and some of the terms, as ``trainer.state.log_history`` or the "log" of a run record.

@@ -177,6 +177,37 @@ def gradient_arrows(scene: Any, steps: Sequence[int], shown: int = 40, size: flo
     return figure
 
 
+def pushes(panels: Mapping[str, Sequence[tuple[str, float, float]]], xlabel: str, size: float = 2.6) -> Figure:
+    """Values on a line each, and the arrow that minus a gradient puts on every one of them.
+
+    Args:
+        panels: title -> rows (label, value, push); the longest arrow of a panel is half as long as its values are apart.
+
+    Raises:
+        ValueError: no panel, or one without rows.
+
+    Example:
+        >>> len(pushes({"a loss": [("best", 0.9, 1.0), ("worst", 0.1, -1.0)]}, "score").axes)
+        1
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError("pushes need at least one panel, and rows in each")
+    most = max(map(len, panels.values()))
+    figure = Figure(figsize=(1.2 + size * len(panels), 0.8 + 0.25 * most), layout="constrained")
+    for ax, (title, rows) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+        values, longest = [value for _, value, _ in rows], max(abs(push) for *_, push in rows) or 1.0
+        reach = (max(values) - min(values)) or 1.0
+        for y, (_, value, push) in enumerate(rows):
+            colour = "0.5" if not push else "C0" if push > 0 else "C3"
+            ax.plot(value, y, "o", color=colour, markersize=5)
+            if push:
+                to = (value + 0.5 * reach * push / longest, y)
+                ax.annotate("", to, (value, y), arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.6})
+        ax.set(title=title, xlabel=xlabel, yticks=range(len(rows)), yticklabels=[label for label, *_ in rows])
+        ax.set(xlim=(min(values) - 0.7 * reach, max(values) + 0.7 * reach), ylim=(len(rows) - 0.5, -0.5))
+    return figure
+
+
 def readings(scene: Any, step: int | None = None) -> Figure:
     """What was measured along a :class:`umm_kit.losses.microscope.Scene`, a panel per quantity; bounds and truths are dashed."""
     mark = None if step is None else float(scene.x[step])

@@ -40,7 +40,7 @@ class AlignerConfig(UMMArguments):
     """Configuration of :func:`train_aligner`; defaults are the release's, whose terms alone collapse (guard "none")."""
 
     output_dir: str | None = "runs/aligner"
-    teacher: str = field(default="runs/teacher", metadata={"help": "A teacher's folder or id, or a table of embeddings."})
+    teacher: str = field(default="tiny-teacher", metadata={"help": "A teacher's folder or id, or a table of embeddings."})
     data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
     modal_weight: float = 1.0
     capacity_weight: float = 1.0
@@ -191,7 +191,7 @@ class LatentUMMConfig(PreferenceConfig):
 
     output_dir: str | None = "runs/latentumm"
     variant: str = field(default="corrected", metadata={"help": "'released' or 'corrected'."})
-    teacher: str = field(default="runs/teacher", metadata={"help": "A teacher's folder or id, or a table of embeddings."})
+    teacher: str = field(default="tiny-teacher", metadata={"help": "A teacher's folder or id, or a table of embeddings."})
     latents: str = varied("'packed' (image states have seen the words) or 'apart'.")
     capacity: str = varied("'heads' (side MLPs) or 'generation' (draw and read).")
     guard: str = varied(f"One of {', '.join(GUARDS)}.")
