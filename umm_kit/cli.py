@@ -115,7 +115,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--cycles", type=int, default=8, help="of text to image to text (default: %(default)s)")
     sub.add_argument("--start", choices=("text", "image"), default="text", help="(default: %(default)s)")
     sub.add_argument("--repeats", type=int, default=1, help="runs with other noise (default: %(default)s)")
-    sub.add_argument("--teacher", metavar="NAME", help="a CLIP-like model (folder, or id in the local cache) to see by, too")
+    sub.add_argument("--teacher", metavar="NAME", help="tiny-teacher, or a CLIP-like model (folder, cached id) to see by, too")
     sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw what survives")
 
     sub = command(audit, model, split, seed, texture, record)
@@ -255,7 +255,7 @@ def drift(args: argparse.Namespace) -> int:
     """take a model around text to image to text, and say what is left of the meaning after every cycle, with intervals"""
     import umm_kit as uk
     from umm_kit.models.teachers import load_teacher
-    from umm_kit.records import command, write_json
+    from umm_kit.records import command
 
     model, data = _opened(args)
     teacher = load_teacher(args.teacher) if args.teacher else None
@@ -266,10 +266,7 @@ def drift(args: argparse.Namespace) -> int:
     print(found, table.to_string(float_format="%.3f"), sep="\n")
     print(f"{found.record['seconds']:.0f} seconds on {found.record['device']}")
     if args.output:
-        rows = frame.to_dict("records")
-        if found.facts is not None:
-            rows += found.by_category().assign(metric=lambda f: "survival of " + f.category).to_dict("records")
-        write_json(args.output, {"record": found.record, "notes": found.notes, "rows": rows})
+        found.save(args.output)
         print(f"written to {args.output}")
     if args.figure:
         _draw(found.plot(), args.figure)

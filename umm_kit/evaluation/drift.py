@@ -32,7 +32,7 @@ from umm_kit.evaluation.facts import DENIED, KEPT, FactTable, shifts
 from umm_kit.evaluation.survival import ExponentialFit, HalfLife, Survival, cosine, edit_distance, refuse_narrow, retrieval_rank
 from umm_kit.models.base import Decoding
 from umm_kit.models.teachers import Teacher
-from umm_kit.records import machine, versions
+from umm_kit.records import machine, versions, write_json
 from umm_kit.statistics import Difference, Estimate
 
 WHOLE = slice(2, None, 2)  # the steps at which a cycle ends
@@ -227,6 +227,13 @@ class Drift:
         axes = np.linalg.svd(whole[0] - centre, full_matrices=False)[2][:2]
         axes = axes * np.where(axes[range(len(axes)), abs(axes).argmax(1)] < 0, -1, 1)[:, None]  # no flips between runs
         return (whole - centre) @ axes.T
+
+    def save(self, path: str | Path) -> None:
+        """Write every number per cycle, survival by category, and the record of the run, as JSON."""
+        rows = self.to_frame().to_dict("records")
+        if self.facts is not None:
+            rows += self.by_category().assign(metric=lambda f: "survival of " + f.category).to_dict("records")
+        write_json(path, {"record": self.record, "notes": self.notes, "rows": rows})
 
     def plot(self) -> Figure:
         """Survival, what bounds it, where latents go, and survival by category, against cycles."""
