@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from umm_kit.features import evaluating
 from umm_kit.losses.preference import best_and_worst, dpo
-from umm_kit.models.base import Decoding, FlowOutput
+from umm_kit.models.base import Decoding, FlowOutput, elbo_masks
 from umm_kit.models.factors import FLOWS
 from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, post_train
 from umm_kit.trainers.stages import FlowCollator, Flows, adapters
@@ -241,18 +241,25 @@ class PreferenceTrainer(UMMTrainer):
         first = (self.state.global_step * args.world_size + args.process_index) * args.pairs
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + self._round))
         at = order[(first + torch.arange(args.pairs)) % len(rows)]
-        out: dict[str, Any] = {"texts": [self.rollouts.texts[k] for k in rows[at]], "seed": args.seed + first}
+        seeds = range(args.seed + first, args.seed + first + args.pairs)
+        out: dict[str, Any] = {"texts": [self.rollouts.texts[k] for k in rows[at]], "seeds": seeds}
         for name, which in (("chosen", chosen), ("rejected", rejected)):
             out[name] = self.rollouts.drawn[rows[at], which[at]].to(args.device)
             with torch.no_grad():
-                out[f"reference_{name}"] = log_prob(self._frozen[0], out["texts"], out[name], args.draws, out["seed"])
+                out[f"reference_{name}"] = log_prob(self._frozen[0], out["texts"], out[name], args.draws, seeds)
         return out
 
 
-def log_prob(model: Any, texts: Sequence[str], drawn: Tensor, draws: int, seed: int) -> Tensor:
-    """The model's (surrogate) log-likelihood of drawings; one seed, one set of masks, whatever the model and the drawing."""
-    what = {"images": drawn} if drawn.is_floating_point() else {"codes": drawn}
-    return model.image_log_prob(texts, draws=draws, generator=torch.Generator().manual_seed(seed), **what)
+def log_prob(model: Any, texts: Sequence[str], drawn: Tensor, draws: int, seeds: Sequence[int]) -> Tensor:
+    """The model's (surrogate) log-likelihood of drawings; a seed makes a text's masks, whatever the model and the drawing.
+
+    The masks belong to the pair and not to the process that has it. (Of pixels the first seed makes the noise of all.)
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if drawn.is_floating_point():
+        return model.image_log_prob(texts, images=drawn, draws=draws, generator=generators[0])
+    masks = torch.cat([elbo_masks(1, drawn.shape[1], draws, generator) for generator in generators], 1)
+    return model.image_log_prob(texts, codes=drawn, masks=masks)
 
 
 class Step(nn.Module):
@@ -274,7 +281,7 @@ class Step(nn.Module):
     def preferred(self, pair: Mapping[str, Any], config: PreferenceConfig) -> dict[str, Tensor]:
         """DPO's loss on pairs, and what it did."""
         chosen, rejected = (
-            log_prob(self.model, pair["texts"], pair[name], config.draws, pair["seed"]) for name in ("chosen", "rejected")
+            log_prob(self.model, pair["texts"], pair[name], config.draws, pair["seeds"]) for name in ("chosen", "rejected")
         )
         alpha = config.alpha / getattr(self.model, "num_image_tokens", 1)
         found = dpo(chosen, rejected, pair["reference_chosen"], pair["reference_rejected"], config.beta, alpha)
