@@ -388,6 +388,14 @@ def test_regenerate_reads_the_image_that_the_likeliest_codes_make(model):
         torch.testing.assert_close(states[layer], read[layer], atol=1e-5, rtol=1e-4)
     noisy = [model.regenerate(texts, [3], generator=torch.Generator().manual_seed(s))[3] for s in (0, 0, 1)]
     assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
+    each = lambda seeds: [torch.Generator().manual_seed(seed) for seed in seeds]  # noqa: E731
+    both, alone = (
+        model.regenerate(texts, [3], generator=each([4, 5]))[3],
+        model.regenerate(texts[1:], [3], generator=each([5]))[3],
+    )
+    torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="1 generators came for 2 rows"):
+        model.regenerate(texts, generator=each([4]))
     with pytest.raises(ValueError, match="temperature"):
         model.regenerate(texts, temperature=0)
 

@@ -13,6 +13,8 @@ from umm_kit.data.shapes import Shapes
 from umm_kit.losses.preference import best_and_worst
 from umm_kit.models import load
 from umm_kit.models.base import Decoding
+from umm_kit.trainers.latentumm import LatentUMMConfig
+from umm_kit.trainers.latentumm import train as train_latentumm
 from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer, Rollouts, roll_out, train
 
 DATA = Shapes("train", n=4096)
@@ -115,27 +117,27 @@ def test_a_stopped_run_goes_on_with_the_same_pairs(saved, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_one_and_two_processes_agree(saved, tmp_path):
-    """The same global batch and pairs, whole on one process or halved on two; measured: 3e-7."""
-    chosen = {"per_device_train_batch_size": 8, "pairs": 4, "lora_rank": 0}
-    train(config(tmp_path / "one", model=str(saved), **chosen))
+@pytest.mark.parametrize("what", ["preference", "latentumm"])
+def test_one_and_two_processes_agree(saved, tmp_path, what):
+    """The same global batch and pairs, whole on one process or halved on two; measured: 3e-7 and 6e-7."""
+    flags = dict(
+        model=str(saved), rounds=2, prompts=8, rollouts=3, draws=2, drawing_steps=2, max_steps=4, threshold=0.0, lora_rank=0,
+        logging_steps=1, save_steps=2, disable_tqdm=True, use_cpu=True, warmup_steps=0, lr_scheduler_type="constant",
+        learning_rate=1e-3,
+    )  # fmt: skip
+    flags |= {"latentumm": {"target_weight": 0.0, "capacity_weight": 1.0}, "preference": {}}[what]
+    kind, train_it = {"preference": (PreferenceConfig, train), "latentumm": (LatentUMMConfig, train_latentumm)}[what]
+    train_it(kind(output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, pairs=4, **flags))
     program = tmp_path / "umm-kit.py"
     program.write_text("import sys\nfrom umm_kit.cli import main\nsys.exit(main())\n")
-    small = vars_of(config(tmp_path / "two", model=str(saved), **chosen | {"per_device_train_batch_size": 4, "pairs": 2}))
+    flags |= {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 4, "pairs": 2}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, str(program), "train", "preference", *(f"--{k}={v}" for k, v in small.items())]
+    command = [sys.executable, *launcher, str(program), "train", what, *(f"--{k}={v}" for k, v in flags.items())]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads((tmp_path / "two/run.json").read_text())["processes"] == 2
-    one, two = (weights(load(tmp_path / name, device="cpu")) for name in ("one", "two"))
-    assert float((one - two).abs().max()) <= 1e-5 and float((one - weights(load(saved, device="cpu"))).abs().max()) > 1e-4
-
-
-def vars_of(settings):
-    """What a shell would be told of a configuration."""
-    names = "output_dir model rounds prompts rollouts pairs draws drawing_steps max_steps threshold per_device_train_batch_size"
-    names += " logging_steps save_steps disable_tqdm use_cpu warmup_steps learning_rate lora_rank"
-    return {name: getattr(settings, name) for name in names.split()} | {"lr_scheduler_type": "constant"}
+    before, one, two = (weights(load(folder, device="cpu")) for folder in (saved, tmp_path / "one", tmp_path / "two"))
+    assert float((one - two).abs().max()) <= 1e-5 < 1e-4 < float((one - before).abs().max())
 
 
 def test_train_saves_the_model_with_its_record(saved, tmp_path):

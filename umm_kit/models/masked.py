@@ -33,6 +33,7 @@ from umm_kit.models.base import (
     choose_mask,
     elbo_masks,
     token_losses,
+    uniform,
 )
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, code_digits, train_text_tokenizer
 
@@ -400,13 +401,14 @@ class MaskedUMM(PreTrainedModel):
         layers: Sequence[int] | None = None,
         temperature: float = 1.0,
         hard: bool = True,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> dict[int, Float[Tensor, "B N d"]]:
         """Draw each text in one step and read what was drawn, with gradient through both: z -> image -> z_hat.
 
         All codes are drawn at once: y = softmax((logits + Gumbel noise) / temperature), and the image is read from the sum of
         embeddings that y weighs. ``hard``: one code each in the forward pass, y's gradient in the backward pass (straight-
-        through, Jang et al. 2017). Without noise and hardness, these are the expected embeddings at ``temperature``.
+        through, Jang et al. 2017). Without noise and hardness, these are the expected embeddings at ``temperature``. Several
+        generators are one for each text, whose noise then does not depend on its neighbours.
 
         Returns:
             Layer -> states of the drawn image's tokens in the understanding flow.
@@ -420,7 +422,7 @@ class MaskedUMM(PreTrainedModel):
         logits = self.image_head(self._generation(codes, torch.ones_like(codes, dtype=torch.bool), ids)[0])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if generator is not None:
-            u = torch.rand(logits.shape, generator=generator).to(logits.device).clamp_(1e-9, 1 - 1e-7)
+            u = uniform(logits.shape, generator).to(logits.device).clamp_(1e-9, 1 - 1e-7)
             logits = logits - (-u.log()).log()
         y = (logits / temperature).softmax(-1)
         if hard:

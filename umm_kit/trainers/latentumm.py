@@ -10,6 +10,7 @@ called "released" follows the code its authors published, what is called "correc
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,8 +239,8 @@ class LatentStep(Step):
         z_text = self.model.text_states(texts, [last])[last]
         seen = g if config.latents == "packed" else u
         z_image = seen.hidden_states[last][anchor].float().mean(1)
-        # Noise belongs to the batch and not to the state of a process: a resumed run draws the same.
-        noise = torch.Generator().manual_seed(int(batch["places"].sum()) % (1 << 31))
+        # Noise belongs to the example and not to a process: a resumed run, and a run on more processes, draw the same.
+        noise = [torch.Generator().manual_seed(zlib.crc32(batch["ids"][k].encode())) for k in anchor.tolist()]
         pairs: dict[str, Any] = {}
         if config.capacity_weight:
             if config.capacity == "generation":
@@ -256,7 +257,7 @@ class LatentStep(Step):
         out |= {"z_text": z_text.detach(), "z_image": z_image.detach()}
         if config.preference == "released" and config.preference_weight:
             shape = (len(z_text), config.rollouts, z_text.shape[1])
-            z = z_text[:, None] + config.sigma * torch.randn(shape, generator=noise).to(z_text)
+            z = z_text[:, None] + config.sigma * torch.stack([torch.randn(shape[1:], generator=g) for g in noise]).to(z_text)
             again = self._heads.reencode(self._heads.generate(z.flatten(0, 1))).unflatten(0, z.shape[:2])
             scores = nn.functional.cosine_similarity(z_text[:, None], again, dim=-1)
             out["preference_loss"] = released_preference(scores)
