@@ -252,15 +252,6 @@ def elbo_masks(
     return torch.stack([place < hidden, place >= hidden - 1], 1).flatten(0, 1)
 
 
-def uniform(shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
-    """Numbers in [0, 1) on the CPU, from one generator, or from one for each row."""
-    if isinstance(generator, torch.Generator):
-        return torch.rand(tuple(shape), generator=generator)
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators came for {shape[0]} rows; expected one each, or one for all")
-    return torch.stack([torch.rand(tuple(shape[1:]), generator=each) for each in generator])
-
-
 def choose_mask(
     mask: Bool[Tensor, "{n} {grid[0]*grid[1]}"] | None,
     n: int,

@@ -33,12 +33,20 @@ from umm_kit.models.base import (
     choose_mask,
     elbo_masks,
     token_losses,
-    uniform,
 )
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, code_digits, train_text_tokenizer
 
 DESCRIBE = "describe"  # opens the segment in which a caption is asked for
 IGNORE = -100
+
+
+def _uniform(shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+    """Numbers in [0, 1) on the CPU, from one generator, or from one for each row."""
+    if isinstance(generator, torch.Generator):
+        return torch.rand(tuple(shape), generator=generator)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators came for {shape[0]} rows; expected one each, or one for all")
+    return torch.stack([torch.rand(tuple(shape[1:]), generator=each) for each in generator])
 
 
 class MaskedUMMConfig(PretrainedConfig):
@@ -422,7 +430,7 @@ class MaskedUMM(PreTrainedModel):
         logits = self.image_head(self._generation(codes, torch.ones_like(codes, dtype=torch.bool), ids)[0])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if generator is not None:
-            u = uniform(logits.shape, generator).to(logits.device).clamp_(1e-9, 1 - 1e-7)
+            u = _uniform(logits.shape, generator).to(logits.device).clamp_(1e-9, 1 - 1e-7)
             logits = logits - (-u.log()).log()
         y = (logits / temperature).softmax(-1)
         if hard:
