@@ -71,3 +71,20 @@ def saved(tmp_path_factory):
     torch.manual_seed(0)
     MaskedUMM.tiny(list(vocabulary_corpus()), num_layers=4).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def train_command():
+    """``umm-kit train`` as a user starts it, under torchrun if ``processes`` > 1; ``program`` is a script in place of umm-kit."""
+    import subprocess
+    import sys
+
+    def run(what, processes, program=None, **options):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        flags = [f"--{name}={value[0] if isinstance(value, list) else value}" for name, value in options.items()]
+        target = ["-m", "umm_kit.cli"] if program is None else [str(program)]
+        command = [sys.executable, *launcher, *target, "train", what, *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run

@@ -7,14 +7,10 @@ import torch
 
 from umm_kit.data.shapes import Shapes
 from umm_kit.models.base import (
-    CheckReport,
     Decoding,
-    FlowOutput,
-    UnifiedModel,
     as_layers,
     check_batch,
     check_images,
-    check_model,
     collate,
     draw_mask,
     resolve_device,
@@ -27,34 +23,6 @@ from umm_kit.models.base import (
 def batch():
     data = Shapes("test", n=3)
     return collate([data[i] for i in range(3)])
-
-
-class Stub(torch.nn.Module):
-    """The smallest thing that meets the contract; each test breaks one part of it."""
-
-    num_layers, hidden_size, grid = 2, 5, (2, 3)
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(4, 5)
-        self.loss, self.length, self.layers = 1.0, 6, (0, 1, 2)
-
-    def understanding_flow(self, batch, layers=None):
-        n = len(check_batch(batch)["ids"])
-        states = {layer: torch.zeros(n, self.length, 5) for layer in self.layers}
-        return FlowOutput(torch.tensor(self.loss), torch.full((n,), self.loss), states, self.grid)
-
-    def generation_flow(self, batch, mask_ratio=0.5, mask_layout="dispersed", generator=None, layers=None):
-        return self.understanding_flow(batch)
-
-    def layer_parameters(self):
-        return {"block 1": [self.embedding.weight], "block 2": [self.embedding.weight]}
-
-    def understand(self, images, prompts=None, decoding=None, generator=None):
-        return [""] * len(images)
-
-    def generate(self, texts, images=None, mask=None, decoding=None, generator=None):
-        return torch.zeros(len(texts), 3, 8, 8)
 
 
 # --- batches -----------------------------------------------------------------------------------------------------------
@@ -169,59 +137,3 @@ def test_device_and_dtype():
             resolve_dtype(wrong, torch.device("cpu"))
     with pytest.raises(ValueError, match="device"):
         resolve_device("toaster")
-
-
-# --- the report --------------------------------------------------------------------------------------------------------
-
-
-def test_report_of_a_model_that_meets_the_contract(batch):
-    model = Stub()
-    assert isinstance(model, UnifiedModel)
-    report = check_model(model, batch)
-    assert report.tier == "diagnosable, drivable"
-    assert list(report.missing) == ["image_log_prob"] and "AttributeError" in report.missing["image_log_prob"]
-    assert "missing  image_log_prob" in str(report) and str(report).startswith("Stub: diagnosable, drivable\n")
-
-
-@pytest.mark.parametrize(
-    "part, wrong, missing, message",
-    [
-        ("length", 7, "understanding_flow", r"layer 0 states are \(3, 7, 5\); expected \(3, 6, 5\)"),
-        ("layers", (0, 1), "understanding_flow", r"layers \[0, 1\]; expected 0 to 2"),
-        ("loss", float("nan"), "generation_flow", "the loss is nan"),
-        ("hidden_size", 9, "generation_flow", "expected \\(3, 6, 9\\)"),
-        ("layer_parameters", dict, "layer_parameters", r"are \{\}; expected some for each of 2"),
-        ("understand", lambda images: ["one"], "understand", "1 texts for 3 examples"),
-        ("generate", lambda texts: torch.full((3, 3, 8, 8), 7.0), "generate", "range"),
-        ("generate", lambda texts: torch.zeros(1, 3, 8, 8), "generate", "1 images for 3 examples"),
-        ("image_log_prob", lambda texts, images: torch.zeros(2), "image_log_prob", "2 log-probabilities for 3 examples"),
-    ],
-)
-def test_each_fault_is_found_and_named(batch, part, wrong, missing, message):
-    import re
-
-    model = Stub()
-    setattr(model, part, wrong)
-    report = check_model(model, batch)
-    assert missing in report.missing and re.search(message, report.missing[missing]), report
-    tier = {"understand": "diagnosable", "generate": "diagnosable", "image_log_prob": "diagnosable, drivable"}.get(
-        missing, "drivable"
-    )
-    assert report.tier == tier
-
-
-def test_check_leaves_the_model_as_it_was(batch):
-    from umm_kit.data.language import vocabulary_corpus
-    from umm_kit.models.masked import MaskedUMM
-
-    model = MaskedUMM.tiny(list(vocabulary_corpus()), num_layers=1, max_text=24).train()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    check_model(model, {k: batch[k][:1] for k in ("images", "texts", "ids")})
-    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_nothing_met_is_said_so():
-    assert CheckReport("Empty").tier == "none"
-    report = check_model(object(), {"ids": ["a"], "texts": ["a"], "images": torch.zeros(1, 3, 8, 8)})
-    assert report.tier == "none" and report.met == []

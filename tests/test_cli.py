@@ -16,7 +16,7 @@ import torch
 from umm_kit import cli, reproduce
 from umm_kit.reproduce import claims_table, expect, read_claims, tidy
 
-COMMANDS = ("train", "diagnose", "evaluate", "drift", "audit", "check", "info", "reproduce", "notebooks", "figures")
+COMMANDS = ("train", "diagnose", "extract", "evaluate", "drift", "audit", "check", "info", "reproduce", "notebooks", "figures")
 
 
 # --- commands ----------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def trained(monkeypatch):
     module = types.ModuleType("fake_trainer")
     module.Config, module.train = _Config, seen.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_trainer", module)
-    monkeypatch.setitem(cli.TRAINERS, "masked", ("fake_trainer", "Config"))
+    monkeypatch.setitem(cli.TRAINERS, "masked", ("fake_trainer", "Config", "train"))
     return seen
 
 

@@ -463,6 +463,23 @@ def test_lora_trains_adapters_only_and_leaves_a_plain_model(model, tmp_path):
     assert float(said.stdout.split()[-1]) == float(model.blocks[1].mlp[0].weight.double().sum())
 
 
+@pytest.mark.slow
+def test_adapters_are_kept_by_themselves(saved, tmp_path):
+    """What peft would load onto the base is the merged model, bit for bit; onto another base it is refused."""
+    model = load(saved, device="cpu")
+    DIVATrainer(model, config(tmp_path, lora_rank=2, model=str(saved)), DATA).train()
+    again = load(tmp_path / "adapter", device="cpu")
+    assert list(again.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
+    about = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert about["r"] == 2 and about["base_model_name_or_path"] == str(saved)
+    model.save_pretrained(tmp_path / "other")
+    for base, said in ((str(tmp_path / "other"), "trained on other weights"), ("", "names no base model")):
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match=said):
+            load(tmp_path / "adapter", device="cpu")
+
+
 def test_callbacks_that_are_given_hear_of_both_stages(model, tmp_path):
     from transformers import TrainerCallback
 
@@ -497,14 +514,6 @@ def test_terms_without_gradient_and_terms_that_dominate_are_called_out(model, tm
 def same_end(a, b):
     first, second = (load_file(Path(folder) / "model.safetensors") for folder in (a, b))
     return max(float((w - second[name]).abs().max()) for name, w in first.items())
-
-
-def command_line(program, processes, **chosen):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    flags = [f"--{name}={value[0] if isinstance(value, list) else value}" for name, value in chosen.items()]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(program), "train", "diva", *flags]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 def options(saved, folder, **changes):
@@ -624,15 +633,13 @@ def test_resuming_with_another_configuration_is_refused_by_name(saved, whole):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_one_and_two_processes_agree(saved, whole, tmp_path):
+def test_one_and_two_processes_agree(saved, whole, tmp_path, train_command):
     """The same global batch, whole on one process or halved on two: negatives, queue and critics' pairs are those of both.
 
     Measured: 3e-8. With seed 42 it is 1.3e-5, because at one step a unit of the MLPs lies so near 0 that rounding decides
     whether its ReLU lets the gradient through; losses up to that step are equal to 1e-6.
     """
-    program = tmp_path / "umm-kit.py"
-    program.write_text("import sys\nfrom umm_kit.cli import main\nsys.exit(main())\n")
-    done = command_line(program, 2, **options(saved, tmp_path / "two", per_device_train_batch_size=8))
+    done = train_command("diva", 2, **options(saved, tmp_path / "two", per_device_train_batch_size=8))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
     assert same_end(whole, tmp_path / "two") <= 1e-5

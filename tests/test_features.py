@@ -3,6 +3,9 @@
 import copy
 import gc
 import json
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -262,3 +265,63 @@ def test_shards_say_what_they_are(model, data, tmp_path):
     extract(model, data, batch_size=4, folder=tmp_path)
     about = json.loads((tmp_path / "features.json").read_text())
     assert about["settings"]["batch_size"] == 4 and about["settings"]["mask_ratio"] == [0.2, 0.6]
+
+
+# --- several processes -------------------------------------------------------------------------------------------------
+
+
+def test_processes_share_the_shards(model, data, features, tmp_path, monkeypatch):
+    """As torchrun numbers them: each makes every second shard, and together they made each example once."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, made in ((0, 2), (1, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        counting = Counting(model)
+        extract(counting, data, batch_size=4, folder=tmp_path)
+        assert counting.calls == made
+        if rank == 0:
+            with pytest.raises(ValueError, match="holds 2 of 3 shards; extract again"):
+                read(tmp_path)
+    assert_same(read(tmp_path), features)
+    assert len(extract(model, data, batch_size=4).ids) == N, "what is returned, and not written, is whole in every process"
+
+
+def test_ids_that_two_processes_have_are_found_when_read(model, data, tmp_path, monkeypatch):
+    twice = Listed(data, [0, 1, 0, 2])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        extract(model, twice, batch_size=2, folder=tmp_path)
+    with pytest.raises(ValueError, match="ids repeat"):
+        read(tmp_path)
+
+
+def test_some_layers_alone_are_read(model, data, features, tmp_path):
+    extract(model, data, batch_size=4, folder=tmp_path)
+    found = read(tmp_path, layers=[1])
+    assert (
+        {layer for _, layer in found.states} == {1}
+        and found.ids == features.ids
+        and found.losses.keys() == features.losses.keys()
+    )
+    with pytest.raises(ValueError, match=r"holds no layers \[9\]; it has \[\]"):
+        read(tmp_path, layers=[9])
+
+
+def test_a_shard_that_was_cut_short_is_named(model, data, tmp_path):
+    extract(model, data, batch_size=4, folder=tmp_path)
+    shard = tmp_path / "part-000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"part-000001\.safetensors cannot be read .* delete it"):
+        read(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_command_under_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "umm_kit.cli"]
+    command += ["extract", "tiny-masked", str(tmp_path / "out"), "--items", "12", "--batch-size", "4", "--layers", "0", "5"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "process 1 of 2" in done.stdout and "process 2 of 2" in done.stdout
+    found = read(tmp_path / "out")
+    assert len(found) == 12 and found.layers("generation") == [0, 5]

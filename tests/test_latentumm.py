@@ -6,6 +6,7 @@ import zlib
 import pytest
 import torch
 
+from umm_kit import cli
 from umm_kit.data.shapes import Shapes
 from umm_kit.models import load
 from umm_kit.models.aligner import LatentAligner, LatentAlignerConfig
@@ -180,10 +181,15 @@ def test_stage_one_is_saved_with_its_readings(table, tmp_path, monkeypatch):
     table.save(tmp_path / "t.safetensors")
     monkeypatch.setattr("umm_kit.data.open_data", lambda *_, **__: DATA)
     options = dict(output_dir=str(tmp_path / "run"), teacher=str(tmp_path / "t.safetensors"), max_steps=2, logging_steps=1)
-    aligner = train_aligner(AlignerConfig.tiny(use_cpu=True, disable_tqdm=True, hidden_size=32, **options))
+    options |= dict(hidden_size=32, use_cpu=True, disable_tqdm=True)
+    aligner = train_aligner(AlignerConfig(**options))
     again = LatentAligner.from_pretrained(tmp_path / "run").eval()
     e = table.text[:3]
     torch.testing.assert_close(again.encode_text(e), aligner.encode_text(e))
+    options["output_dir"] = str(tmp_path / "command")
+    assert cli.main(["train", "aligner", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    commanded = LatentAligner.from_pretrained(tmp_path / "command").eval()
+    torch.testing.assert_close(again.encode_text(e), commanded.encode_text(e))
     assert len(json.loads((tmp_path / "run/run.json").read_text())["collapse"]["readings"]) == 2
 
 

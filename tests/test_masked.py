@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from umm_kit.data.shapes import Shapes
-from umm_kit.models.base import Decoding, check_model, collate, draw_mask
-from umm_kit.models.masked import DESCRIBE, IGNORE, CodeTable, MaskedUMM, summed_loss
+from umm_kit.models.base import Decoding, collate, draw_mask
+from umm_kit.models.contract import check_model
+from umm_kit.models.masked import MaskedUMM
+from umm_kit.models.own import DESCRIBE, IGNORE, CodeTable, summed_loss
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_cached_decoding_equals_full_recomputation(model, batch):
             if token == eos:
                 break
             ids.append(token)
-        from umm_kit.models.masked import detokenize
+        from umm_kit.models.own import detokenize
 
         assert text == detokenize(model.words, ids[1:])
 

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -118,7 +115,7 @@ def test_a_stopped_run_goes_on_with_the_same_pairs(saved, tmp_path, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("what", ["preference", "latentumm"])
-def test_one_and_two_processes_agree(saved, tmp_path, what):
+def test_one_and_two_processes_agree(saved, tmp_path, what, train_command):
     """The same global batch and pairs, whole on one process or halved on two; measured: 3e-7 and 6e-7."""
     flags = dict(
         model=str(saved), rounds=2, prompts=8, rollouts=3, draws=2, drawing_steps=2, max_steps=4, threshold=0.0, lora_rank=0,
@@ -128,12 +125,7 @@ def test_one_and_two_processes_agree(saved, tmp_path, what):
     flags |= {"latentumm": {"target_weight": 0.0, "capacity_weight": 1.0}, "preference": {}}[what]
     kind, train_it = {"preference": (PreferenceConfig, train), "latentumm": (LatentUMMConfig, train_latentumm)}[what]
     train_it(kind(output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, pairs=4, **flags))
-    program = tmp_path / "umm-kit.py"
-    program.write_text("import sys\nfrom umm_kit.cli import main\nsys.exit(main())\n")
-    flags |= {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 4, "pairs": 2}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, str(program), "train", what, *(f"--{k}={v}" for k, v in flags.items())]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    done = train_command(what, 2, output_dir=tmp_path / "two", per_device_train_batch_size=4, pairs=2, **flags)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads((tmp_path / "two/run.json").read_text())["processes"] == 2
     before, one, two = (weights(load(folder, device="cpu")) for folder in (saved, tmp_path / "one", tmp_path / "two"))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from umm_kit.data.language import STYLES, vocabulary_corpus
 from umm_kit.data.shapes import Shapes
-from umm_kit.models.masked import detokenize
+from umm_kit.models.own import detokenize
 from umm_kit.models.tokenizers import (
     SPECIAL_TOKENS,
     ImageTokenizer,

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +16,8 @@ from transformers import TrainerCallback
 
 from umm_kit.data.shapes import ONE_FLOW, Shapes
 from umm_kit.models import load
-from umm_kit.models.masked import IGNORE, MaskedUMM
+from umm_kit.models.masked import MaskedUMM
+from umm_kit.models.own import IGNORE
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig
 from umm_kit.records import write_json
 from umm_kit.trainers.base import (
@@ -72,23 +71,6 @@ def options(folder, tokenizer, **changes):
         per_device_eval_batch_size=8, logging_steps=1, bf16=False, disable_tqdm=True,
     )  # fmt: skip
     return {**small, **changes}
-
-
-def command_line(program, processes, **chosen):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    flags = [f"--{name}={value}" for name, value in chosen.items()]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(program), "train", "masked", *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    return done
-
-
-@pytest.fixture(scope="session")
-def umm_kit_program(tmp_path_factory):
-    program = tmp_path_factory.mktemp("program") / "umm-kit.py"
-    program.write_text("import sys\nfrom umm_kit.cli import main\nsys.exit(main())\n")
-    return program
 
 
 @pytest.fixture(scope="module")
@@ -502,13 +484,13 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_after_kill_9(whole, tokenizer_folder, tmp_path):
+def test_resume_after_kill_9(whole, tokenizer_folder, tmp_path, train_command):
     """One process, killed at step 6 after its checkpoint of step 4: the resumed run is the uninterrupted one, bit for bit."""
     program = tmp_path / "killed.py"
     program.write_text(KILLED)
     folder = tmp_path / "run"
     chosen = options(folder, tokenizer_folder)
-    died = command_line(program, 1, **chosen)
+    died = train_command("masked", 1, program, **chosen)
     assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
     assert Path(last_checkpoint(folder)).name == "checkpoint-4" and not (folder / "model.safetensors").exists()
     train(PretrainConfig(**{**chosen, "resume": True}))
@@ -520,11 +502,11 @@ def test_resume_after_kill_9(whole, tokenizer_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_one_and_two_processes_agree(tokenizer_folder, tmp_path, umm_kit_program):
+def test_one_and_two_processes_agree(tokenizer_folder, tmp_path, train_command):
     """The same global batch, whole on one process or halved on two, is the same run to 1e-5 (measured: 1e-6)."""
     chosen = dict(muon=False)  # Muon is compared below
     train(PretrainConfig(**options(tmp_path / "one", tokenizer_folder, **chosen)))
-    done = command_line(umm_kit_program, 2, **options(tmp_path / "two", tokenizer_folder, **HALVES, **chosen))
+    done = train_command("masked", 2, **options(tmp_path / "two", tokenizer_folder, **HALVES, **chosen))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2  # as torch.distributed counted them
     assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=1e-5)
@@ -533,21 +515,21 @@ def test_one_and_two_processes_agree(tokenizer_folder, tmp_path, umm_kit_program
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-def test_two_processes_resume_after_kill_9(whole, tokenizer_folder, tmp_path, umm_kit_program):
+def test_two_processes_resume_after_kill_9(whole, tokenizer_folder, tmp_path, train_command):
     """Both processes killed at step 6: the resumed run is the uninterrupted one on two processes, bit for bit."""
     program = tmp_path / "killed.py"
     program.write_text(KILLED)
-    done = command_line(umm_kit_program, 2, **options(tmp_path / "two", tokenizer_folder, **HALVES))
+    done = train_command("masked", 2, **options(tmp_path / "two", tokenizer_folder, **HALVES))
     assert done.returncode == 0, done.stderr[-2000:]
     # Muon orthogonalizes in bf16, which turns the last bit of a sum into one of 2^-8: its losses agree to 1e-4 only.
     one, two = losses(whole), losses(tmp_path / "two")
     assert one.keys() == two.keys() and max(abs(one[k] - two[k]) for k in one) < 1e-3
 
     chosen = options(tmp_path / "killed", tokenizer_folder, **HALVES)
-    died = command_line(program, 2, **chosen)
+    died = train_command("masked", 2, program, **chosen)
     assert died.returncode != 0 and "SIGKILL" in died.stderr
     assert Path(last_checkpoint(tmp_path / "killed")).name == "checkpoint-4"
-    resumed = command_line(umm_kit_program, 2, **chosen, resume=True)
+    resumed = train_command("masked", 2, **chosen, resume=True)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     for folder in ("two", "killed"):
         assert json.loads((tmp_path / folder / "run.json").read_text())["processes"] == 2

@@ -18,7 +18,7 @@ _NAMES = {
     "load": "umm_kit.models",
     "collate": "umm_kit.models.base",
     "draw_mask": "umm_kit.models.base",
-    "check_model": "umm_kit.models.base",
+    "check_model": "umm_kit.models.contract",
     "Decoding": "umm_kit.models.base",
     "extract": "umm_kit.features",
     "diagnose": "umm_kit.diagnostics.report",
@@ -31,6 +31,12 @@ _NAMES = {
     "PretrainConfig": "umm_kit.trainers.pretrain",
     "DIVATrainer": "umm_kit.trainers.diva",
     "DIVAConfig": "umm_kit.trainers.diva",
+    "PreferenceTrainer": "umm_kit.trainers.preference",
+    "PreferenceConfig": "umm_kit.trainers.preference",
+    "LatentUMMTrainer": "umm_kit.trainers.latentumm",
+    "LatentUMMConfig": "umm_kit.trainers.latentumm",
+    "load_teacher": "umm_kit.models.teachers",
+    "weight_changes": "umm_kit.diagnostics.changes",
     "expect": "umm_kit.reproduce",
 }
 
@@ -39,21 +45,27 @@ if TYPE_CHECKING:
     from umm_kit.data.imagetext import ImageText
     from umm_kit.data.oracle import Oracle
     from umm_kit.data.shapes import Nuisance, Shapes
+    from umm_kit.diagnostics.changes import weight_changes
     from umm_kit.diagnostics.report import diagnose
     from umm_kit.evaluation import compare, evaluate
     from umm_kit.evaluation.audit import audit
     from umm_kit.evaluation.drift import Drift, drift
     from umm_kit.features import extract
     from umm_kit.models import load
-    from umm_kit.models.base import Decoding, check_model, collate, draw_mask
+    from umm_kit.models.base import Decoding, collate, draw_mask
+    from umm_kit.models.contract import check_model
+    from umm_kit.models.teachers import load_teacher
     from umm_kit.reproduce import expect
     from umm_kit.trainers.diva import DIVAConfig, DIVATrainer
+    from umm_kit.trainers.latentumm import LatentUMMConfig, LatentUMMTrainer
+    from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer
     from umm_kit.trainers.pretrain import PretrainConfig, PretrainTrainer
 
 __all__ = [
-    "DIVAConfig", "DIVATrainer", "Decoding", "Digits", "Drift", "ImageText", "Nuisance", "Oracle", "PretrainConfig",
-    "PretrainTrainer", "Shapes", "__version__", "audit", "check_model", "collate", "compare", "diagnose", "draw_mask",
-    "drift", "evaluate", "expect", "extract", "load",
+    "DIVAConfig", "DIVATrainer", "Decoding", "Digits", "Drift", "ImageText", "LatentUMMConfig", "LatentUMMTrainer", "Nuisance",
+    "Oracle", "PreferenceConfig", "PreferenceTrainer", "PretrainConfig", "PretrainTrainer", "Shapes", "__version__", "audit",
+    "check_model", "collate", "compare", "diagnose", "draw_mask", "drift", "evaluate", "expect", "extract", "load",
+    "load_teacher", "weight_changes",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command ``umm-kit``: train, evaluate, drift, check, info, reproduce, notebooks, figures.
+"""The command ``umm-kit``: train, diagnose, extract, evaluate, drift, audit, check, info, reproduce, notebooks, figures.
 
 Every subcommand takes ``--config FILE.yaml`` whose keys are its options; what stands on the command line wins. A user's
 mistake is one line and exit status 2; ``--traceback`` shows where it came from. Heavy imports wait for the subcommand.
@@ -17,14 +17,17 @@ from typing import Any
 
 from umm_kit import __version__
 
-#: what `umm-kit train` can train -> (module, config dataclass); each module has a function ``train(config)``
+#: what `umm-kit train` can train -> (module, its config dataclass, its function of a config)
 TRAINERS = {
-    "tokenizer": ("umm_kit.trainers.tokenizer", "TokenizerConfig"),
-    "masked": ("umm_kit.trainers.pretrain", "PretrainConfig"),
-    "teacher": ("umm_kit.trainers.teacher", "TeacherConfig"),
-    "diva": ("umm_kit.trainers.diva", "DIVAConfig"),
-    "latentumm": ("umm_kit.trainers.latentumm", "LatentUMMConfig"),
-    "preference": ("umm_kit.trainers.preference", "PreferenceConfig"),
+    "tokenizer": ("umm_kit.trainers.tokenizer", "TokenizerConfig", "train"),
+    "masked": ("umm_kit.trainers.pretrain", "PretrainConfig", "train"),
+    "autoregressive": ("umm_kit.trainers.pretrain", "AutoregressiveConfig", "train"),
+    "flow": ("umm_kit.trainers.pretrain", "FlowConfig", "train"),
+    "teacher": ("umm_kit.trainers.teacher", "TeacherConfig", "train"),
+    "diva": ("umm_kit.trainers.diva", "DIVAConfig", "train"),
+    "aligner": ("umm_kit.trainers.latentumm", "AlignerConfig", "train_aligner"),
+    "latentumm": ("umm_kit.trainers.latentumm", "LatentUMMConfig", "train"),
+    "preference": ("umm_kit.trainers.preference", "PreferenceConfig", "train"),
 }
 #: name -> module of umm_kit.experiments, and the function in it that does what has no record yet and returns a report
 EXPERIMENTS = {
@@ -109,6 +112,15 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw DIVA's Figure 2 of this model")
     sub.add_argument("--along", action="store_true", help="only gradient conflict, at each checkpoint that is kept in MODEL")
 
+    sub = command(extract, model, split, seed, texture)
+    sub.add_argument("folder", type=Path, help="for the shards; a stopped run goes on in it")
+    sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
+    items = "as --n elsewhere, which torchrun would take for an option of its own (default: 512 scenes of shapes, or all)"
+    sub.add_argument("--items", dest="n", type=int, metavar="N", help=items)
+    sub.add_argument("--layers", nargs="+", type=int, help="0 is the embedding (default: all)")
+    sub.add_argument("--tokens", action="store_true", help="keep the state of every image token, not their mean")
+    sub.add_argument("--batch-size", type=int, default=64, help="examples per shard (default: %(default)s)")
+
     sub = command(drift, model, split, seed, texture, record)
     sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
     sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
@@ -188,14 +200,14 @@ def train(what: str, options: Sequence[str]) -> int:
     import torch.distributed as dist
     from transformers import HfArgumentParser
 
-    module, config_class = TRAINERS[what]
+    module, config_class, function = TRAINERS[what]
     trainer = import_module(module)
     dataclass = getattr(trainer, config_class)
     parser = HfArgumentParser(dataclass, prog=f"umm-kit train {what}", parents=[_common()], allow_abbrev=False)
     path = _common().parse_known_args(options)[0].config
     options = [*(config_options(parser, path) if path else []), *options]
     config, _ = parser.parse_args_into_dataclasses(args=options, look_for_args_file=False)
-    trainer.train(config)
+    getattr(trainer, function)(config)
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()  # Gloo's threads may abort a process that ends with its group alive
@@ -248,6 +260,17 @@ def diagnose(args: argparse.Namespace) -> int:
         print(f"written to {args.output}")
     if args.figure:
         _draw(found.plot(), args.figure)
+    return 0
+
+
+def extract(args: argparse.Namespace) -> int:
+    """write the states of both flows to shards, by id; under torchrun every process makes its share"""
+    from umm_kit.features import extract as run
+    from umm_kit.features import processes
+
+    model, data = _opened(args)
+    run(model, data, layers=args.layers, pooled=not args.tokens, seed=args.seed, batch_size=args.batch_size, folder=args.folder)
+    print(f"process {processes()[0] + 1} of {processes()[1]}: its shards of {len(data)} examples are in {args.folder}")
     return 0
 
 

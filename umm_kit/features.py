@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from umm_kit.models.base import FLOWS, MASK_RATIO, collate, draw_mask
+from umm_kit.models.base import FLOWS, MASK_RATIO, checksum, collate, draw_mask
 
 
 @dataclass
@@ -90,14 +92,6 @@ def _features(model: Any, batch: Mapping[str, Any], settings: Mapping[str, Any])
     return out
 
 
-def checksum(model: Any) -> int:
-    """Of all weights and buffers: features of two stages of one training must not be mixed."""
-    check = 0
-    for tensor in model.state_dict().values():
-        check = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), check)
-    return check
-
-
 def _write(part: Features, name: Path) -> None:
     """One shard, through a temporary file, so that a stop never leaves half of one under its final name."""
     tensors = {f"state.{flow}.{layer}": v.contiguous() for (flow, layer), v in part.states.items()}
@@ -136,7 +130,8 @@ def extract(
     Args:
         pooled: mean over image tokens [n, d] (DIVA Sec. 3.1), else tokens [n, N, d].
         folder: write one safetensors shard per batch there and return the folder; without it the result is returned.
-            Shards that are already there are kept: a stopped run goes on where it was.
+            Shards that are already there are kept: a stopped run goes on where it was. Under torchrun every process makes its
+            share of them, each example once.
     Raises:
         ValueError: unknown flow or layer, no data, ids that repeat, or a folder made with other settings, weights or examples.
     """
@@ -153,11 +148,13 @@ def extract(
     if folder is not None:
         folder = Path(folder)
         _claim(folder, settings | {"model": checksum(model)})
+    rank, world = processes() if folder is not None else (0, 1)
     parts: list[Features] = []
     seen: set[str] = set()
+    numbers = range(rank, -(-len(data) // batch_size), world)
     with evaluating(model):
-        total = -(-len(data) // batch_size)
-        for k, batch in enumerate(tqdm(batches(data, batch_size), total=total, desc="flows", disable=not progress, delay=2)):
+        for k in tqdm(numbers, desc="flows", disable=not progress or rank > 0, delay=2):
+            batch = next(batches(data, batch_size, range(k * batch_size, min((k + 1) * batch_size, len(data)))))
             if repeated := seen & set(batch["ids"]):
                 raise ValueError(f"ids repeat in the data set: {sorted(repeated)[:3]}; features are kept by id: make them unique")
             seen |= set(batch["ids"])
@@ -174,6 +171,11 @@ def extract(
     return _join(parts) if folder is None else folder
 
 
+def processes() -> tuple[int, int]:
+    """(number of this process, how many there are), as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings into a folder for features; refuse one that was made with others."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,26 +184,52 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     if made != wanted:
         changed = [f"{k} {made.get(k)} (now {v})" for k, v in wanted.items() if made.get(k) != v]
         raise ValueError(f"{folder} holds features made with other settings: {', '.join(changed)}; choose another folder")
-    about.write_text(json.dumps({"settings": settings}))
+    partial = folder / f"features.{os.getpid()}.partial"  # several processes may come here at once
+    partial.write_text(json.dumps({"settings": settings}))
+    partial.replace(about)
 
 
-def read(folder: str | Path) -> Features:
-    """Features that :func:`extract` wrote to a folder."""
-    names = sorted(Path(folder).glob("part-*.safetensors"))
+def read(folder: str | Path, layers: Sequence[int] | None = None) -> Features:
+    """Features that :func:`extract` wrote to a folder; of some ``layers`` alone, no others are held in memory.
+
+    Raises:
+        ValueError: no shards, some that are missing or cut short, ids that repeat, a layer that was not extracted.
+    """
+    names, about = sorted(Path(folder).glob("part-*.safetensors")), Path(folder) / "features.json"
     if not names:
         raise ValueError(f"{folder} holds no feature shards (part-*.safetensors)")
-    parts = []
-    for name in names:
+    if about.exists():
+        settings = json.loads(about.read_text())["settings"]
+        wanted = -(-settings["n"] // settings["batch_size"])
+        if len(names) < wanted:
+            raise ValueError(
+                f"{folder} holds {len(names)} of {wanted} shards; extract again into it, which makes the missing ones"
+            )
+    parts = [_read_shard(name, layers) for name in names]
+    out = _join(parts)
+    if len(set(out.ids)) < len(out.ids):
+        twice = sorted(name for name, n in Counter(out.ids).items() if n > 1)[:3]
+        raise ValueError(f"ids repeat in {folder}: {twice}; features are kept by id: make them unique")
+    return out
+
+
+def _read_shard(name: Path, layers: Sequence[int] | None) -> Features:
+    try:
         with safe_open(name, "pt") as shard:
-            about, tensors = shard.metadata(), {key: shard.get_tensor(key) for key in shard.keys()}
-        grids = {flow: tuple(grid) for flow, grid in json.loads(about["grids"]).items()}
-        part = Features(json.loads(about["ids"]), {}, {}, grids, tensors.pop("masks", None))
-        for key, value in tensors.items():
-            kind, rest = key.split(".", 1)
-            if kind == "state":
-                flow, layer = rest.split(".")
-                part.states[flow, int(layer)] = value
-            else:
-                (part.losses if kind == "loss" else part.factors)[rest] = value
-        parts.append(part)
-    return _join(parts)
+            about = shard.metadata()
+            keys = [k for k in shard.keys() if layers is None or not k.startswith("state.") or int(k.split(".")[2]) in layers]
+            tensors = {key: shard.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{name} cannot be read ({error}); delete it and extract again, which makes it anew") from error
+    grids = {flow: tuple(grid) for flow, grid in json.loads(about["grids"]).items()}
+    part = Features(json.loads(about["ids"]), {}, {}, grids, tensors.pop("masks", None))
+    for key, value in tensors.items():
+        kind, rest = key.split(".", 1)
+        if kind == "state":
+            flow, layer = rest.split(".")
+            part.states[flow, int(layer)] = value
+        else:
+            (part.losses if kind == "loss" else part.factors)[rest] = value
+    if missing := [layer for layer in layers or [] if layer not in {layer for _, layer in part.states}]:
+        raise ValueError(f"{name} holds no layers {missing}; it has {sorted({layer for _, layer in part.states})}")
+    return part

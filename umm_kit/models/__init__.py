@@ -9,27 +9,77 @@ from typing import Any
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 
 
-def load(name: str | Path, device: str = "auto", dtype: str = "float32") -> Any:
-    """Load a shipped model by name ("tiny-masked"), or any folder that save_pretrained wrote.
+def load(name: str | Path, device: str = "auto", dtype: str = "float32", download: bool = False) -> Any:
+    """Load a shipped model ("tiny-masked"), a folder that save_pretrained wrote, or a checkpoint of Janus or Emu3 by its hub id.
 
-    ``dtype`` "auto" takes bf16 only where a short matrix-product probe beats float32. Nothing is downloaded.
+    ``dtype`` "auto" takes bf16 only where a short matrix-product probe beats float32. A hub id is looked up in the local cache;
+    nothing is fetched unless ``download``. Weights are read from safetensors alone, and no code that comes with them is run.
 
     Raises:
-        ValueError: no such name or folder, or a family that is not known.
+        ValueError: no such name or folder, a family that is not known, weights in another format.
     """
+    from umm_kit.models.autoregressive import AutoregressiveUMM
     from umm_kit.models.base import resolve_device, resolve_dtype
+    from umm_kit.models.flowmatching import FlowUMM
     from umm_kit.models.masked import MaskedUMM
+    from umm_kit.models.pretrained import PRETRAINED
 
-    families = {"umm_masked": MaskedUMM}
-    folder = CHECKPOINTS / str(name) if (CHECKPOINTS / str(name) / "config.json").exists() else Path(name)
-    if not (folder / "config.json").exists():
-        shipped = sorted(p.parent.name for p in CHECKPOINTS.glob("*/config.json"))
-        raise ValueError(f"no model {str(name)!r}: neither one of the shipped {shipped} nor a folder with a config.json")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if (Path(name) / "adapter_config.json").exists():
+        return _with_adapter(Path(name), device, dtype, download)
+    own: dict[str, Any] = {"umm_masked": MaskedUMM, "umm_autoregressive": AutoregressiveUMM, "umm_flow": FlowUMM}
+    families = {**own, **PRETRAINED}
+    shipped = CHECKPOINTS / str(name)
+    place = shipped if (shipped / "config.json").exists() else name
+    about = _config_of(place, download)
+    try:
+        kind = json.loads(about.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{about} is no model's configuration ({type(error).__name__}: {error})") from error
     if kind not in families:
-        raise ValueError(f"{folder} holds a {kind!r} model; this version loads {sorted(families)}")
+        raise ValueError(f"{name} holds a {kind!r} model; this version loads {sorted(families)}")
     where = resolve_device(device)
-    model = families[kind].from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    more = {"local_files_only": True, "use_safetensors": True} if kind in own else {"download": download}
+    try:
+        model = families[kind].from_pretrained(place, **more)
+    except Exception as error:  # whatever a file may hold that is not what it should be
+        raise ValueError(f"no {kind} model could be read from {str(name)!r}: {str(error).splitlines()[0]}") from error
     model = model.to(device=where, dtype=resolve_dtype(dtype, where)).eval()
     model.image_tokenizer.float()  # codes near a rounding edge must not depend on the precision of the backbone
     return model
+
+
+def _with_adapter(folder: Path, device: str, dtype: str, download: bool) -> Any:
+    """The base model that an adapter names, with the adapter added to its weights, if they are those that it was trained on."""
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    from umm_kit.models.base import checksum
+
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"the adapter in {folder} names no base model; put its name into adapter_config.json")
+    model = load(base, device, dtype, download)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        wanted = (file.metadata() or {}).get("base_checksum")
+    if wanted is not None and dtype == "float32" and str(checksum(model)) != wanted:
+        raise ValueError(
+            f"the adapter in {folder} was trained on other weights than those of {base!r}; name the right base model"
+        )
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+
+
+def _config_of(name: str | Path, download: bool) -> Path:
+    """config.json of a folder, or of a hub id: from the local cache, or from the hub if ``download``."""
+    if (Path(name) / "config.json").exists():
+        return Path(name) / "config.json"
+    found = None
+    if not Path(name).exists() and str(name).count("/") == 1:
+        from transformers.utils import cached_file
+
+        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        found = cached_file(str(name), "config.json", local_files_only=not download, **quiet)
+    if found is None:
+        shipped = sorted(p.parent.name for p in CHECKPOINTS.glob("*/config.json"))
+        hub = "; a model on the Hugging Face hub is fetched with download=True" if not download else ""
+        raise ValueError(f"no model {str(name)!r}: neither one of the shipped {shipped} nor a folder with a config.json{hub}")
+    return Path(found)

@@ -8,10 +8,13 @@ states of the two flows at the positions of the image tokens.
 from __future__ import annotations
 
 import math
+import os
 import time
+import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -133,6 +136,56 @@ def as_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
     if bad:
         raise ValueError(f"layers {bad} do not exist: this model has layers 0 (embedding) to {num_layers}")
     return out
+
+
+def scores_of(out: FlowOutput) -> Float[Tensor, "B positions V"]:
+    """What a flow predicts, and what factors put biases on: logits, or of a continuous head the prediction itself.
+
+    For logits that is DIVA's Eq. 8; for a velocity it is a surrogate of ours.
+    """
+    found = out.logits if out.logits is not None else out.prediction
+    if found is None:
+        raise NotImplementedError("a flow has neither logits nor a prediction to put biases on (Eq. 8)")
+    return found
+
+
+def example_losses(out: FlowOutput, scores: Float[Tensor, "B positions V"]) -> Float[Tensor, " B"]:
+    """What each example would cost with other scores: cross-entropy in nats, or the squared error of a continuous head."""
+    if out.labels is not None:
+        return token_losses(scores, out.labels)[1]
+    assert out.target is not None and out.mask is not None
+    error = (scores.float() - out.target).square().mean(-1) * out.mask
+    return error.sum(1) / out.mask.sum(1)
+
+
+@contextmanager
+def recording(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """While it is open, the output of block l, as it is when the blocks run, is kept under l (of layers >= 1).
+
+    transformers' own ``output_hidden_states`` ends with a *normalised* state; this is the residual stream everywhere, of any
+    module whose blocks return their states, or a tuple that begins with them.
+
+    Example:
+        >>> blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        >>> with recording(blocks, [0, 2]) as states:
+        ...     out = nn.Sequential(*blocks)(torch.ones(1, 2))
+        >>> list(states), states[2].shape
+        ([2], torch.Size([1, 2]))
+    """
+    states: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            states[layer] = out[0] if isinstance(out, tuple) else out
+
+        return hook
+
+    hooks = [blocks[layer - 1].register_forward_hook(keep(layer)) for layer in layers if layer > 0]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_images(images: Float[Tensor, "B 3 H W"], size: tuple[int, int] | None = None) -> Float[Tensor, "B 3 H W"]:
@@ -283,15 +336,108 @@ def token_losses(
     return token.sum() / supervised.sum(), per_example
 
 
+class Draws:
+    """Drawing and inpainting for families with an ``image_tokenizer`` and a ``grid``; what is hidden, a family fills in."""
+
+    def _fill(
+        self: Any, texts: Sequence[str], images: Tensor | None, hidden: Tensor, decoding: Decoding, generator: Any
+    ) -> Float[Tensor, "B 3 H W"]:
+        """Images whose hidden tokens [B, N] are drawn, the others as in ``images``; all are hidden if there are none."""
+        raise NotImplementedError
+
+    def _codes(self: Any, batch: Mapping[str, Any]) -> Tensor:
+        codes = batch.get("codes")
+        if codes is None:
+            check_images(batch["images"], (self.image_size, self.image_size))
+            codes = self.image_tokenizer.encode(batch["images"].to(self.device))
+        return codes.to(self.device)
+
+    def generate(
+        self: Any,
+        texts: Sequence[str],
+        images: Tensor | None = None,
+        mask: Tensor | None = None,
+        decoding: Decoding = Decoding(),
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw each text [B, 3, H, W]; with ``images`` and ``mask`` [B, rows, columns] (True = redraw), inpaint.
+
+        Inpainting returns the given pixels wherever nothing was hidden.
+        """
+        if (images is None) != (mask is None):
+            raise ValueError("inpainting needs both images= and mask=; drawing from text needs neither")
+        if not len(texts):
+            return torch.zeros(0, 3, self.image_size, self.image_size)
+        hidden = torch.ones(len(texts), self.grid[0] * self.grid[1], dtype=torch.bool, device=self.device)
+        if images is not None and mask is not None:
+            check_images(images, (self.image_size, self.image_size))
+            if tuple(mask.shape) != (len(texts), *self.grid) or len(images) != len(texts) or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"{len(texts)} texts, images {tuple(images.shape)} and mask {tuple(mask.shape)} ({mask.dtype}) do not fit; "
+                    f"expected as many images, and a bool mask [{len(texts)}, {self.grid[0]}, {self.grid[1]}]"
+                )
+            hidden = mask.flatten(1).to(self.device)
+        with torch.no_grad():
+            drawn = self._fill(texts, images, hidden, decoding, generator)
+        if images is None or mask is None:
+            return drawn
+        p = self.image_size // self.grid[0]
+        pixels = mask.to(self.device).repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
+        return torch.where(pixels, drawn, images.to(drawn))
+
+
+class DrawsCodes(Draws):
+    """Of a family with ``generate_codes``."""
+
+    def _fill(
+        self: Any, texts: Sequence[str], images: Tensor | None, hidden: Tensor, decoding: Decoding, generator: Any
+    ) -> Float[Tensor, "B 3 H W"]:
+        codes = torch.zeros(hidden.shape, dtype=torch.long, device=self.device)
+        if images is not None:
+            codes = self.image_tokenizer.encode(images.to(self.device))
+        return self.image_tokenizer.decode(self.generate_codes(texts, codes, hidden, decoding, generator)).float()
+
+
+def check_questions(images: Float[Tensor, "B 3 H W"], prompts: Sequence[str] | None, size: int) -> None:
+    """Refuse images of another size, prompts of another number, and empty ones."""
+    check_images(images, (size, size))
+    if prompts is not None and len(prompts) != len(images):
+        raise ValueError(f"{len(prompts)} prompts came with {len(images)} images; expected one each")
+    if prompts is not None and not all(prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty; expected a question, or prompts=None for captions")
+
+
+def checksum(model: Any) -> int:
+    """Of all weights and buffers: what belongs to one stage of a training must not be mixed with what belongs to another."""
+    check = 0
+    for tensor in model.state_dict().values():
+        check = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), check)
+    return check
+
+
+def check_loaded(info: Mapping[str, Any], name: Any) -> None:
+    """Refuse weights that are not those of the model: transformers would draw anew what is missing, and only warn.
+
+    Args:
+        info: what ``from_pretrained(..., ignore_mismatched_sizes=True, output_loading_info=True)`` says.
+    """
+    said = {"missing_keys": "lack", "mismatched_keys": "have other shapes of", "unexpected_keys": "know no"}
+    for kind, verb in said.items():
+        if keys := sorted(key if isinstance(key, str) else key[0] for key in info[kind]):
+            raise ValueError(
+                f"the weights in {name} {verb} {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}: not this configuration's"
+            )
+
+
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """ "auto" prefers cuda, then mps, then the CPU."""
+    """ "auto" prefers cuda (under torchrun the GPU of this process), then mps, then the CPU."""
     if str(device) != "auto":
         try:
             return torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...") from error
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -311,73 +457,3 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
             rounds += 1
         seconds[kind] = (time.perf_counter() - start) / rounds
     return torch.bfloat16 if seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
-
-
-@dataclass
-class CheckReport:
-    """What a model meets of the contract, and what is missing, in words."""
-
-    family: str
-    met: list[str] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def tier(self) -> str:
-        tiers = {"diagnosable": DIAGNOSABLE, "drivable": DRIVABLE, "preference-trainable": ("image_log_prob",)}
-        best = [name for name, needs in tiers.items() if all(n in self.met for n in needs)]
-        return ", ".join(best) or "none"
-
-    def __str__(self) -> str:
-        lines = [f"{self.family}: {self.tier}"] + [f"  ok       {name}" for name in self.met]
-        return "\n".join(lines + [f"  missing  {name}: {why}" for name, why in self.missing.items()])
-
-
-DIAGNOSABLE = ("embedding", "num_layers", "hidden_size", "grid", "layer_parameters", "understanding_flow", "generation_flow")
-DRIVABLE = ("understand", "generate")
-
-
-def check_model(model: Any, batch: Mapping[str, Any]) -> CheckReport:
-    """Run every part of the contract once on a small batch and report what works (``umm-kit check``)."""
-    report = CheckReport(type(model).__name__)
-    n = len(batch["ids"])
-
-    def flow(name: str) -> None:
-        out = getattr(model, name)(batch)
-        length = out.grid[0] * out.grid[1]
-        if sorted(out.hidden_states) != list(range(model.num_layers + 1)):
-            raise ValueError(f"hidden states of layers {sorted(out.hidden_states)}; expected 0 to {model.num_layers}")
-        for layer, states in out.hidden_states.items():
-            if tuple(states.shape) != (n, length, model.hidden_size):
-                raise ValueError(f"layer {layer} states are {tuple(states.shape)}; expected {(n, length, model.hidden_size)}")
-        if not torch.isfinite(out.loss):
-            raise ValueError(f"the loss is {float(out.loss)}")
-
-    def layers() -> None:
-        groups = {name: list(group) for name, group in model.layer_parameters().items()}
-        if len(groups) != model.num_layers or not all(groups.values()):
-            found = {name: len(group) for name, group in groups.items()}
-            raise ValueError(f"parameters per layer are {found}; expected some for each of {model.num_layers} layers")
-
-    def count(what: str, made: int) -> None:
-        if made != n:
-            raise ValueError(f"{made} {what} for {n} examples; expected one each")
-
-    probes = {
-        "layer_parameters": layers,
-        "understanding_flow": lambda: flow("understanding_flow"),
-        "generation_flow": lambda: flow("generation_flow"),
-        "understand": lambda: count("texts", len(model.understand(batch["images"]))),
-        "generate": lambda: count("images", len(check_images(model.generate(batch["texts"])))),
-        "image_log_prob": lambda: count("log-probabilities", len(model.image_log_prob(batch["texts"], batch["images"]))),
-    }
-    with torch.no_grad():
-        for name in ("embedding", "num_layers", "hidden_size", "grid", *probes):
-            try:
-                if name in probes:
-                    probes[name]()
-                else:
-                    getattr(model, name)
-                report.met.append(name)
-            except (NotImplementedError, AttributeError, ValueError, RuntimeError, TypeError) as error:
-                report.missing[name] = f"{type(error).__name__}: {error}"
-    return report

@@ -11,15 +11,17 @@ from matplotlib.figure import Figure
 
 def learning_curves(log: list[dict[str, Any]]) -> Figure:
     """Training and validation loss of both flows, or of a model without flows, against the step, from the log of a run."""
-    flows = [flow for flow in ("understanding", "generation") if any(f"{flow}_loss" in entry for entry in log)]
-    figure = Figure(figsize=(0.7 + 3.15 * len(flows or [""]), 2.6), layout="constrained")
-    for axis, flow in zip(figure.subplots(1, len(flows) or 1, squeeze=False).flat, flows or ["all"], strict=True):
-        ours = f"{flow}_loss" if flows else "loss"
-        for name, style in ((ours, "-"), (f"eval_{ours}", "o--")):
+    panels = {"understanding_loss": "understanding", "generation_loss": "generation"}
+    unit = "nats per supervised token"
+    if not any(name in entry for name in panels for entry in log):
+        panels, unit = {"loss": ""}, "loss in nats"
+    figure = Figure(figsize=(0.7 + 3.15 * len(panels), 2.6), layout="constrained")
+    for axis, (loss, title) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+        for name, style, label in ((loss, "-", "training"), (f"eval_{loss}", "o--", "validation")):
             points = [(entry["step"], entry[name]) for entry in log if name in entry]
             if points:
-                axis.plot(*zip(*points, strict=True), style, markersize=3, label="validation" if style == "o--" else "training")
-        axis.set(xlabel="step", ylabel="nats per supervised token" if flows else "loss in nats", title=flow if flows else "")
+                axis.plot(*zip(*points, strict=True), style, markersize=3, label=label)
+        axis.set(xlabel="step", ylabel=unit, title=title)
         axis.legend(frameon=False)
     return figure
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from umm_kit.models.base import check_images
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<understand>", "<generate>")
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Refuse sizes of a configuration that are no numbers, or that no model has: a file may say anything."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or not 1 <= value <= 2**20 or (name == "num_layers" and value > 1024):
+            raise ValueError(f"{name} is {value!r}; expected a whole number from 1 to {1024 if name == 'num_layers' else 2**20}")
 
 
 class ImageTokenizerConfig(PretrainedConfig):
@@ -32,13 +39,10 @@ class ImageTokenizerConfig(PretrainedConfig):
         levels: tuple[int, ...] = (8, 8, 8),
         **kwargs,
     ):
-        self.image_size, self.patch_size, self.channels, self.depth, self.levels = (
-            image_size,
-            patch_size,
-            channels,
-            depth,
-            list(levels),
-        )
+        check_sizes(image_size=image_size, patch_size=patch_size, channels=channels, num_layers=depth)
+        check_sizes(codebook_size=math.prod(levels))
+        self.image_size, self.patch_size, self.channels, self.depth = image_size, patch_size, channels, depth
+        self.levels = list(levels)
         super().__init__(**kwargs)
 
 
@@ -175,16 +179,20 @@ class ImageTokenizer(PreTrainedModel):
         return self.decode(self.encode(images))
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, " ..."]]:
-        """Reconstruction loss: squared and absolute error, coloured pixels weighing 8 times as much as grey ones.
-
-        Coloured objects cover a small part of a scene: an unweighted error would spend the codes on the ground.
-        """
+        """:func:`reconstruction_loss` of what is encoded and decoded."""
         quantized, _ = self._quantize(images)
         output = self._pixels(quantized)
-        coloured = (images.amax(1, keepdim=True) - images.amin(1, keepdim=True)) > 0.05
-        error = (output - images).float()
-        loss = ((1 + 7 * coloured) * (10 * error**2 + 0.3 * error.abs())).mean()
-        return {"loss": loss, "reconstructions": output}
+        return {"loss": reconstruction_loss(output, images), "reconstructions": output}
+
+
+def reconstruction_loss(output: Float[Tensor, "B 3 H W"], images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
+    """Squared and absolute error, coloured pixels weighing 8 times as much as grey ones.
+
+    Coloured objects cover a small part of a scene: an unweighted error would spend the codes on the ground.
+    """
+    coloured = (images.amax(1, keepdim=True) - images.amin(1, keepdim=True)) > 0.05
+    error = (output - images).float()
+    return ((1 + 7 * coloured) * (10 * error**2 + 0.3 * error.abs())).mean()
 
 
 @dataclass(frozen=True)

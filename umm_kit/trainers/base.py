@@ -272,6 +272,15 @@ class UMMTrainer(Trainer):
             logs |= self._part_means()
         super().log(logs, *args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Weights that two modules share are written twice, which safetensors refuses unless one of them is a copy."""
+        seen, state = set[int](), dict(self.model.state_dict() if state_dict is None else state_dict)
+        for name, value in state.items():
+            if value.data_ptr() in seen:
+                state[name] = value.clone()
+            seen.add(value.data_ptr())
+        super()._save(output_dir, state)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:

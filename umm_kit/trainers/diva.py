@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from umm_kit.losses.factorization import UniqueCritic
+from umm_kit.models.base import scores_of
 from umm_kit.models.factors import FLOWS, FactorEncoders, FactorEncodersConfig, Factors, Readouts, middle_layers
 from umm_kit.records import write_json
 from umm_kit.trainers.base import Stream, UMMTrainer, defaults_of, post_train, run_record, world_mean
@@ -163,9 +164,7 @@ class DIVATrainer(_StageTrainer):
         first = {**self.data[0], "number": 0, "index": 0}  # one example, to see how wide the logits are
         with torch.no_grad():
             u, g = Flows(self.umm)(self._prepare_inputs(FlowCollator(self.data, self.umm.grid, config, 0)([first])), [])
-        if u.logits is None or g.logits is None:
-            raise NotImplementedError(f"{type(self.umm).__name__} has a flow without logits to put biases on (Eq. 8)")
-        widths = {"understanding": u.logits.shape[-1], "generation": g.logits.shape[-1]}
+        widths = {"understanding": scores_of(u).shape[-1], "generation": scores_of(g).shape[-1]}
         rank = min(config.rank, config.factor_size, *widths.values())
         if rank < config.rank:
             logger.warning("readouts of rank %d instead of %d: their full rank is no more", rank, config.rank)
@@ -201,7 +200,8 @@ class DIVATrainer(_StageTrainer):
             if isinstance(resume_from_checkpoint, str):
                 self._load_extras(Path(resume_from_checkpoint))
             if self.args.lora_rank:
-                adapting = adapters(self.umm, self._in_layers, self.args.lora_rank, self.args.seed)
+                kept = Path(str(self.args.output_dir)) / "adapter" if self.is_world_process_zero() else None
+                adapting = adapters(self.umm, self._in_layers, self.args.lora_rank, self.args.seed, kept, self.args.model)
                 self.optimizer = None  # type: ignore[assignment]  # that of an earlier call held adapters which are merged by now
             with adapting:
                 done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

@@ -212,7 +212,8 @@ class PreferenceTrainer(UMMTrainer):
         """The parameters ask for gradients afterwards as they did before."""
         adapting: Any = nullcontext()
         if self.args.lora_rank:
-            adapting = adapters(self.umm, self._in_layers, self.args.lora_rank, self.args.seed)
+            kept = Path(str(self.args.output_dir)) / "adapter" if self.is_world_process_zero() else None
+            adapting = adapters(self.umm, self._in_layers, self.args.lora_rank, self.args.seed, kept, self.args.model)
             self.optimizer = None  # type: ignore[assignment]
         try:
             with adapting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,12 @@ from transformers import set_seed
 
 from umm_kit.data import open_data
 from umm_kit.data.shapes import ONE_FLOW, Nuisance, shows_any
+from umm_kit.models.autoregressive import AutoregressiveUMM, AutoregressiveUMMConfig
 from umm_kit.models.base import MASK_RATIO
-from umm_kit.models.masked import DESCRIBE, IGNORE, MaskedUMM, MaskedUMMConfig
+from umm_kit.models.flowmatching import FlowUMM, FlowUMMConfig
+from umm_kit.models.latents import LatentTokenizer
+from umm_kit.models.masked import MaskedUMM, MaskedUMMConfig
+from umm_kit.models.own import DESCRIBE, IGNORE, OwnUMM
 from umm_kit.models.tokenizers import ImageTokenizer, train_text_tokenizer
 from umm_kit.records import write_json
 from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record, world_mean
@@ -28,12 +33,20 @@ from umm_kit.trainers.tokenizer import train as train_tokenizer
 PAD_TO = 16
 
 
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "masked": (MaskedUMM, MaskedUMMConfig),
+    "autoregressive": (AutoregressiveUMM, AutoregressiveUMMConfig),
+    "flow": (FlowUMM, FlowUMMConfig),
+}
+
+
 @dataclass
 class PretrainConfig(UMMArguments):
     """Configuration of :func:`train`; what a shipped model changed, its card says."""
 
     output_dir: str | None = "runs/masked"
     model: str = field(default="", metadata={"help": "Go on from this model (fine-tuning); empty starts a new one."})
+    family: str = field(default="masked", metadata={"help": "Of a new model: masked, autoregressive or flow."})
     image_tokenizer: str = field(
         default="",
         metadata={"help": "Trained image tokenizer of a new model; empty trains one first, in output_dir/image_tokenizer."},
@@ -85,6 +98,8 @@ class PretrainConfig(UMMArguments):
     eval_items: int = field(default=256, metadata={"help": "Validation examples behind each evaluation loss."})
 
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family is {self.family!r}; expected one of {', '.join(FAMILIES)}")
         if self.mask_schedule not in ("cosine", "flow"):
             raise ValueError(f"mask_schedule is {self.mask_schedule!r}; expected 'cosine' or 'flow'")
         if self.data != "shapes" and (self.texture != "mid" or self.asymmetric):
@@ -114,18 +129,39 @@ class PretrainConfig(UMMArguments):
         return cls(**{**small, **changes})
 
 
+@dataclass
+class AutoregressiveConfig(PretrainConfig):
+    """:class:`PretrainConfig` of the second family: pictures are mostly drawn whole, as it draws them, others as DIVA asks."""
+
+    output_dir: str | None = "runs/autoregressive"
+    family: str = "autoregressive"
+    full_mask: float = 0.75
+    mask_schedule: str = "flow"
+
+
+@dataclass
+class FlowConfig(PretrainConfig):
+    """:class:`PretrainConfig` of the third family: pictures are mostly drawn whole; its image tokenizer makes vectors."""
+
+    output_dir: str | None = "runs/flow"
+    family: str = "flow"
+    full_mask: float = 0.75
+    mask_schedule: str = "flow"
+    separate_encoder: bool = field(default=False, metadata={"help": "Understanding sees by an encoder of its own."})
+
+
 class Collator:
     """Items of a :class:`Stream` to tensors for both flows; every choice comes from the item's own draws ``u``.
 
     u[0] the full mask, u[1] the mask ratio, u[2] caption dropout, u[8:] the order in which tokens are hidden.
     """
 
-    def __init__(self, model: MaskedUMM, data: Any, config: PretrainConfig):
+    def __init__(self, model: OwnUMM, data: Any, config: PretrainConfig):
         self.model, self.data, self.config = model, data, config
 
     def masks(self, u: np.ndarray) -> Tensor:
         """Masks [B, N] bool from draws [B, 8 + N]."""
-        n = self.model.num_image_tokens
+        n = math.prod(self.model.grid)
         low, high = MASK_RATIO
         ratio = np.cos(np.pi / 2 * u[:, 1]) if self.config.mask_schedule == "cosine" else low + (high - low) * u[:, 1]
         ratio = np.where(u[:, 0] < self.config.full_mask, 1.0, ratio)
@@ -158,19 +194,20 @@ class Collator:
             "understanding": packed,
             "captions": self.model.pack_captions(texts, PAD_TO),
             "mask": self.masks(u) & ~torch.from_numpy(from_generation)[:, None],
+            "seeds": torch.tensor([item["number"] for item in items]),
         }
 
 
 class PretrainTrainer(UMMTrainer):
-    """Trains a :class:`MaskedUMM` in place on understanding_weight * L_U + generation_weight * L_G.
+    """Trains a model of one of our families in place on understanding_weight * L_U + generation_weight * L_G.
 
     Both losses are means over all supervised tokens of the global batch, so that they do not depend on how many
     processes share it.
     """
 
-    def __init__(self, model: MaskedUMM, args: PretrainConfig, train_dataset: Any, eval_dataset: Any = None, **kwargs: Any):
+    def __init__(self, model: OwnUMM, args: PretrainConfig, train_dataset: Any, eval_dataset: Any = None, **kwargs: Any):
         length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        draws = 8 + model.num_image_tokens
+        draws = 8 + math.prod(model.grid)
         stream = Stream(train_dataset, length, args.seed, draws)
         held_out = (
             None if eval_dataset is None else Stream(eval_dataset, min(len(eval_dataset), args.eval_items), args.seed + 1, draws)
@@ -196,23 +233,32 @@ class PretrainTrainer(UMMTrainer):
         return super().compute_loss(model, inputs, return_outputs)
 
 
-def new_model(config: PretrainConfig, data: Any) -> MaskedUMM:
+def new_model(config: PretrainConfig, data: Any) -> OwnUMM:
     """An untrained model around a trained image tokenizer, with a text tokenizer made from the data's words.
 
     Without a named image tokenizer, one is trained first (or its training resumed, or the finished one taken up again).
     """
     from umm_kit.data.language import vocabulary_corpus
 
-    folder = Path(config.image_tokenizer or f"{config.output_dir}/image_tokenizer")
+    folder, kind = Path(config.image_tokenizer or f"{config.output_dir}/image_tokenizer"), FAMILIES[config.family]
+    latent = config.family == "flow"
     if not config.image_tokenizer and not (folder / "config.json").exists():
-        train_tokenizer(TokenizerConfig(output_dir=str(folder), data=config.data, seed=config.seed, resume=True))
+        train_tokenizer(TokenizerConfig(output_dir=str(folder), data=config.data, seed=config.seed, resume=True, latent=latent))
         set_seed(config.seed)  # the model is the same whether its tokenizer was there or not
     if not (folder / "config.json").exists():
         raise ValueError(f"no image tokenizer in {folder}; train one with 'umm-kit train tokenizer --output_dir {folder}'")
-    tokenizer = ImageTokenizer.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    made = json.loads((folder / "config.json").read_text())["model_type"]
+    if latent != (made == LatentTokenizer.config_class.model_type):
+        raise ValueError(
+            f"{folder} holds a {made}; the family {config.family} takes one {'with' if latent else 'without'} --latent"
+        )
+    tokenizer: Any = (LatentTokenizer if latent else ImageTokenizer).from_pretrained(
+        folder, use_safetensors=True, local_files_only=True
+    )
     words = train_text_tokenizer(vocabulary_corpus() if config.data == "shapes" else corpus(data))
     sizes: dict[str, Any] = dict(hidden_size=config.hidden_size, num_layers=config.num_layers, num_heads=config.num_heads)
-    model = MaskedUMM(MaskedUMMConfig(**sizes, text_vocab_size=len(words), image_tokenizer=tokenizer.config.to_dict()), words)
+    sizes |= {"separate_encoder": config.separate_encoder} if isinstance(config, FlowConfig) else {}
+    model = kind[0](kind[1](**sizes, text_vocab_size=len(words), image_tokenizer=tokenizer.config.to_dict()), words)
     model.image_tokenizer.load_state_dict(tokenizer.state_dict())
     return model
 
@@ -227,7 +273,7 @@ def corpus(data: Any) -> list[str]:
     return texts
 
 
-def train(config: PretrainConfig) -> MaskedUMM:
+def train(config: PretrainConfig) -> OwnUMM:
     """Pretrain or fine-tune, and save the model with its run record to ``config.output_dir``."""
     from umm_kit.models import load
 

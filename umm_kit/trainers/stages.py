@@ -7,16 +7,19 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from umm_kit.data.shapes import Scenes, meaning_key
 from umm_kit.features import masks_by_id
 from umm_kit.losses.factorization import ConditionalGaussian, UniqueCritic, alignment, orthogonality
-from umm_kit.models.base import MASK_RATIO, FlowOutput, token_losses
+from umm_kit.models.base import MASK_RATIO, FlowOutput, checksum, example_losses, scores_of
 from umm_kit.models.factors import FLOWS, FactorEncoders, Factors, Readouts
 
 if TYPE_CHECKING:
@@ -98,6 +101,13 @@ def paired(rows: Tensor, flow: str, config: DIVAConfig) -> Tensor:
     A rotation leaves no anchor in its place. It is within the batch of this process, and the same in both stages.
     """
     return rows.roll(-1, 0) if config.pairs == "shuffled" and flow == "generation" else rows
+
+
+def _paired_output(out: FlowOutput, flow: str, config: DIVAConfig) -> FlowOutput:
+    """What a flow predicted and should have, in the order in which its rows meet the other's."""
+    names = ("logits", "labels", "prediction", "target", "mask")
+    turned: dict[str, Any] = {n: paired(v, flow, config) for n in names if (v := getattr(out, n)) is not None}
+    return replace(out, **turned)
 
 
 def states_at(u: FlowOutput, g: FlowOutput, layer: int, anchor: Tensor, config: DIVAConfig) -> dict[str, Tensor]:
@@ -226,11 +236,12 @@ class EncoderStage(nn.Module):
         config, each = self.config, len(critics) // len(self.layers)
         with torch.no_grad():
             u, g = self._flows[0](batch, self.layers)
-        if u.logits is None or g.logits is None or u.labels is None or g.labels is None:
-            raise NotImplementedError(f"{type(self._flows[0].model).__name__} has a flow without logits to put biases on (Eq. 8)")
-        logits = {flow: paired(s, flow, config) for flow, s in zip(FLOWS, (u.logits, g.logits), strict=True)}
-        labels = {flow: paired(s, flow, config) for flow, s in zip(FLOWS, (u.labels, g.labels), strict=True)}
-        words = paired(bag_of_words(u.labels, u.logits.shape[-1]), "generation", config) if config.bag_of_words else None
+        outs = {flow: _paired_output(r, flow, config) for flow, r in zip(FLOWS, (u, g), strict=True)}
+        scores = {flow: scores_of(r) for flow, r in outs.items()}
+        words = None
+        if config.bag_of_words:
+            assert u.labels is not None
+            words = paired(bag_of_words(u.labels, scores["understanding"].shape[-1]), "generation", config)
         found: dict[str, list[Tensor]] = {}
         for k, layer in enumerate(self.layers):
             z = self.encoders(states_at(u, g, layer, batch["anchor"], config))
@@ -240,8 +251,8 @@ class EncoderStage(nn.Module):
             if unique and critics:
                 terms |= unique_terms(z, critics[k * each : (k + 1) * each], batch, config)
             read = z if words is None else Factors({**z.shared, "generation": words}, z.unique)
-            for flow, s in self.readouts(logits, read, unique).items():
-                terms[f"{flow}_loss"] = token_losses(s, labels[flow])[1].mean()
+            for flow, s in self.readouts(scores, read, unique).items():
+                terms[f"{flow}_loss"] = example_losses(outs[flow], s).mean()
             for name, value in terms.items():
                 found.setdefault(name, []).append(value)
         means = {name: torch.stack(values).mean() for name, values in found.items()}
@@ -304,29 +315,40 @@ class BackboneStage(nn.Module):
 
 
 @contextmanager
-def adapters(model: nn.Module, parameters: Iterable[nn.Parameter], rank: int, seed: int = 0) -> Iterator[None]:
+def adapters(
+    model: nn.Module, parameters: Iterable[nn.Parameter], rank: int, seed: int = 0, folder: Path | None = None, base: str = ""
+) -> Iterator[None]:
     """LoRA (Hu et al. 2022): W + B A of low rank in the place of each linear map W among the parameters, and only A, B trained.
 
     peft puts them into the model, which keeps its shape; afterwards they are added to the weights and gone. B starts at zero. The
-    scale of B A is 1.
+    scale of B A is 1. In ``folder`` they are kept by themselves, as peft keeps them, with the checksum of the weights that they
+    belong to; ``umm_kit.load(folder)`` adds them to ``base``.
 
     Raises:
         ValueError: none of the parameters is the weight of a linear map.
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
+    from peft.utils import get_peft_model_state_dict
 
     wanted = {id(p) for p in parameters}
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
     if not names:
         raise ValueError("lora_rank is above 0, but the trained layers hold no torch.nn.Linear; train full weights instead")
+    before = checksum(model) if folder is not None else 0
     with torch.random.fork_rng(devices=[]):  # the same start in a run that is resumed, and on all processes
         torch.manual_seed(seed)
         exactly = "|".join(re.escape(name) for name in names)  # peft takes a list for endings of names
-        settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly)
+        settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly, base_model_name_or_path=base)
         tuner = LoraModel(model, {"default": settings}, "default")  # type: ignore[arg-type]
     try:
         yield
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            trained = get_peft_model_state_dict(tuner, adapter_name="default", save_embedding_layers=False)
+            trained = {f"base_model.model.{name.removeprefix('model.')}": p.contiguous().cpu() for name, p in trained.items()}
+            save_file(trained, folder / "adapter_model.safetensors", {"base_checksum": str(before)})
+            settings.save_pretrained(str(folder))
     finally:
         tuner.merge_and_unload()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from umm_kit.models.latents import LatentTokenizer, LatentTokenizerConfig
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, codebook_use
 from umm_kit.records import write_json
 from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record
@@ -25,6 +26,7 @@ class TokenizerConfig(UMMArguments):
     levels: list[int] = field(
         default_factory=lambda: [8, 8, 8, 5], metadata={"help": "FSQ levels; the codebook has their product."}
     )
+    latent: bool = field(default=False, metadata={"help": "Codes are vectors, of the flow family, and not numbers."})
     channels: int = 96
     depth: int = 5
     max_steps: int = 4000
@@ -64,30 +66,32 @@ def images_only(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     return {"images": torch.stack([item["images"] for item in items])}
 
 
-def train(config: TokenizerConfig) -> ImageTokenizer:
+def train(config: TokenizerConfig) -> Any:
     """Train an image tokenizer and save it, with its run record, to ``config.output_dir``."""
     from umm_kit.data import open_data
 
     set_seed(config.seed)
     data = TextureMix(config.seed) if config.data == "shapes" else open_data(config.data, "train", seed=config.seed)
     length = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-    model = ImageTokenizer(ImageTokenizerConfig(channels=config.channels, depth=config.depth, levels=tuple(config.levels)))
+    model: Any = (
+        LatentTokenizer(LatentTokenizerConfig(channels=config.channels // 2, depth=config.depth // 2))
+        if config.latent
+        else ImageTokenizer(ImageTokenizerConfig(channels=config.channels, depth=config.depth, levels=tuple(config.levels)))
+    )
     trainer = UMMTrainer(model, config, train_dataset=Stream(data, length, config.seed), data_collator=images_only)
     trainer.fit()
     held_out = open_data(config.data, "validation", n=256, seed=config.seed)
     images = torch.stack([item["images"] for item in held_out.__getitems__(range(len(held_out)))])
     model.eval()
+    if config.latent:
+        model.standardise(images)
     error = (model.reconstruct(images) - images).square().mean()
-    use = codebook_use(model.encode(images), model.codebook_size)
+    scores = {"psnr_db": float(-10 * torch.log10(error)), "n": len(images)}
+    if not config.latent:
+        use = codebook_use(model.encode(images), model.codebook_size)
+        scores |= {"codes_used": use.used, "codes": use.size, "perplexity": use.perplexity}
     if trainer.is_world_process_zero():
         model.save_pretrained(str(config.output_dir))
-        scores = {
-            "psnr_db": float(-10 * torch.log10(error)),
-            "codes_used": use.used,
-            "codes": use.size,
-            "perplexity": use.perplexity,
-            "n": len(images),
-        }
         write_json(
             Path(str(config.output_dir)) / "run.json",
             run_record(config, trainer.seconds(), trainer.state.log_history, scores=scores),

@@ -74,7 +74,7 @@ class DIVAConfig(UMMArguments):
       of each other (in a small world many do); targets of earlier batches are negatives too (log 48 bounds what 48 anchors can
       show); and alignment and penalty act on the encoders already. As printed, stage 1 asks only that factors help the tasks, and
       its unique ones hold much of what both flows share: where the split was planted, .17 of it, against .04 with both terms
-      (``umm-kit reproduce planted``). On frozen encoders, stage 2's penalty then pushes that out of the backbone. What Eq. 7
+      (``umm-kit reproduce planted``). On frozen encoders, stage 2's penalty can only change the backbone's states. What Eq. 7
       needs to mean anything, a critic that keeps learning and is silent below .1 nats on pairs new to it, is in "paper" as well;
       the CLUB of "released" always pushes.
     """

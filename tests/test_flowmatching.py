@@ -1,0 +1,164 @@
+"""The third family: what stands for noise, what a velocity is and where it leads, latents, and training by every trainer."""
+
+import json
+
+import pytest
+import torch
+from families import small
+
+import umm_kit as uk
+from umm_kit.models.base import Decoding
+from umm_kit.models.flowmatching import LOWEST, FlowUMM
+from umm_kit.models.latents import LatentTokenizer, LatentTokenizerConfig
+from umm_kit.trainers.diva import DIVAConfig, DIVATrainer
+from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer
+from umm_kit.trainers.pretrain import FlowConfig, train
+from umm_kit.trainers.tokenizer import TokenizerConfig
+from umm_kit.trainers.tokenizer import train as train_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small("flow")
+
+
+@pytest.fixture(scope="module")
+def batch():
+    data = uk.Shapes("test", n=4)
+    return uk.collate([data[i] for i in range(4)])
+
+
+# --- latents -----------------------------------------------------------------------------------------------------------
+
+
+def test_latents_are_standardised_and_decode_as_before(batch):
+    tokenizer = LatentTokenizer(LatentTokenizerConfig(channels=8, depth=1)).eval()
+    before = tokenizer.reconstruct(batch["images"])
+    tokenizer.standardise(batch["images"])
+    z = tokenizer.encode(batch["images"])
+    assert z.shape == (4, 64, 8) and float(z.mean((0, 1)).abs().max()) < 1e-5
+    torch.testing.assert_close(z.flatten(0, 1).std(0), torch.ones(8))
+    torch.testing.assert_close(tokenizer.reconstruct(batch["images"]), before)
+    with pytest.raises(ValueError, match=r"latents are \(4, 63, 8\); expected \[batch, 64, 8\]"):
+        tokenizer.decode(z[:, 1:])
+    for wrong in (dict(patch_size=3), dict(patch_size=64), dict(latent_channels=0)):
+        with pytest.raises(ValueError, match="expected"):
+            LatentTokenizerConfig(**wrong)
+
+
+# --- the flow ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hidden_token_is_latent_and_noise_by_its_level(model):
+    z, e = torch.full((1, 64, 4), 2.0), torch.full((1, 64, 4), -1.0)
+    mask = torch.zeros(1, 64, dtype=torch.bool)
+    mask[0, 3] = True
+    x, levels = model._noisy(z, mask, torch.tensor([0.25]), e)
+    assert x[0, 3, 0] == pytest.approx(0.75 * 2 + 0.25 * -1) and (x[0, [0, 1, 2, 4]] == 2).all()
+    assert levels[0, 3] == 0.25 and levels.sum() == 0.25
+
+
+def test_noise_belongs_to_the_ids(model, batch):
+    out, again = (model.generation_flow(batch, mask=torch.ones(4, 64, dtype=torch.bool)) for _ in range(2))
+    assert torch.equal(out.target, again.target) and not torch.equal(out.target[0], out.target[1])
+    one = {k: batch[k][2:3] for k in ("images", "texts", "ids")}
+    alone = model.generation_flow(one, mask=torch.ones(1, 64, dtype=torch.bool))
+    torch.testing.assert_close(alone.target[0], out.target[2])
+    other = model.generation_flow({**batch, "ids": list("abcd")}, mask=torch.ones(4, 64, dtype=torch.bool))
+    assert not torch.equal(other.target, out.target)
+    levels = model._drawn_from(4000, [torch.Generator().manual_seed(0)])[0]
+    assert LOWEST < float(levels.min()) < 0.03 and 0.99 < float(levels.max()) <= 1.0
+    assert float(levels.mean()) == pytest.approx((1 + LOWEST) / 2, abs=0.02)
+
+
+def test_the_true_velocity_leads_to_the_image(model, batch, monkeypatch):
+    """v = e - z = (x_s - z) / s: Euler's steps along it end at z, in any number, with noise of any size."""
+    z = model.image_tokenizer.encode(batch["images"])
+    monkeypatch.setattr(model, "_velocity", lambda x, levels, ids: ((x - z) / levels[..., None], {}))
+    for steps, temperature in ((1, 1.0), (7, 1.0), (3, 0.3)):
+        drawn = model.generate(batch["texts"], decoding=Decoding(steps=steps, temperature=temperature, guidance=1.0))
+        torch.testing.assert_close(drawn, model.image_tokenizer.decode(z), atol=1e-4, rtol=0)
+
+
+def test_guidance_goes_on_from_the_empty_text(model, monkeypatch):
+    """Two constant velocities: the drawing ends where their extrapolation leads."""
+    monkeypatch.setattr(model, "_velocity", lambda x, levels, ids: (torch.full_like(x, float(ids.shape[1] > 3)), {}))
+    ends = []
+    monkeypatch.setattr(model.image_tokenizer, "decode", lambda x: ends.append(x) or torch.zeros(1, 3, 32, 32))
+    for guidance in (1.0, 3.0):
+        model.generate(
+            ["a red circle"], decoding=Decoding(steps=2, guidance=guidance), generator=torch.Generator().manual_seed(0)
+        )
+    torch.testing.assert_close(ends[0] - ends[1], torch.full_like(ends[0], 2.0))
+
+
+def test_a_likelihood_is_compared_under_the_same_noise(model, batch):
+    codes = model.image_tokenizer.encode(batch["images"])
+
+    def said(codes, seed=0):
+        noise = torch.Generator().manual_seed(seed)
+        return model.image_log_prob(batch["texts"][:1] * len(codes), codes=codes, draws=4, generator=noise)
+
+    same = said(codes[:1].expand(3, -1, -1))
+    assert torch.allclose(same, same[:1].expand(3), rtol=1e-5) and not torch.allclose(said(codes[:1], 1), same[:1])
+    a, b = said(codes[:1])[0], said(codes[1:2])[0]
+    assert a != b and a < 0
+    with pytest.raises(ValueError, match="images or codes"):
+        model.image_log_prob(["a"])
+
+
+def test_an_encoder_of_its_own_sees_by_itself(batch):
+    """Decoupled: understanding is moved by its encoder and not by what latents are embedded by, generation the reverse."""
+    from umm_kit.data.language import vocabulary_corpus
+
+    torch.manual_seed(0)
+    model = FlowUMM.tiny(list(vocabulary_corpus()), separate_encoder=True)
+    u, g = model.understanding_flow(batch).loss, model.generation_flow(batch, mask=torch.ones(4, 64, dtype=torch.bool)).loss
+    encoder, latents = model.encoder[0].weight, model.latent_embedding.weight
+    moved = [torch.autograd.grad(loss, (encoder, latents), allow_unused=True) for loss in (u, g)]
+    assert moved[0][0].abs().max() > 0 and moved[0][1] is None and moved[1][0] is None and moved[1][1].abs().max() > 0
+    assert uk.check_model(model, batch).tier == "diagnosable, drivable, preference-trainable"
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_it_is_trained_saved_and_loaded(tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    common = dict(disable_tqdm=True, use_cpu=True, logging_steps=1)
+    train_tokenizer(TokenizerConfig(output_dir=str(tokenizer), latent=True, channels=32, depth=2, max_steps=4, bf16=False,
+                                    per_device_train_batch_size=8, warmup_steps=1, **common))  # fmt: skip
+    made = json.loads((tokenizer / "run.json").read_text())["scores"]
+    assert made.keys() == {"psnr_db", "n"}
+    config = FlowConfig.tiny(output_dir=str(tmp_path / "run"), image_tokenizer=str(tokenizer), max_steps=8, **common)
+    model = train(config)
+    log = [e for e in json.loads((tmp_path / "run/run.json").read_text())["log"] if "generation_loss" in e]
+    assert log[-1]["generation_loss"] < log[0]["generation_loss"] < 6
+    again, data = uk.load(tmp_path / "run", device="cpu"), uk.Shapes("test", n=2)
+    batch = uk.collate([data[0], data[1]])
+    losses = [m.generation_flow(batch, generator=torch.Generator().manual_seed(0)).loss for m in (model, again)]
+    assert type(again) is FlowUMM and torch.equal(*losses)
+    with pytest.raises(ValueError, match=r"holds a umm_latent_tokenizer; .* without --latent"):
+        train(uk.PretrainConfig.tiny(output_dir=str(tmp_path / "other"), image_tokenizer=str(tokenizer), **common))
+
+
+@pytest.mark.slow
+def test_diva_and_preferences_train_it(tmp_path):
+    """Stage 1's biases are on the velocity; drawings are ranked and compared as pixels."""
+    small_run = dict(per_device_train_batch_size=8, logging_steps=1, use_cpu=True, disable_tqdm=True, warmup_steps=0)
+    model = small("flow")
+    config = DIVAConfig(
+        output_dir=str(tmp_path / "diva"), stage1_steps=3, max_steps=2, rank=4, factor_size=16, layers=[2], **small_run
+    )
+    before = model.blocks[1].mlp[0].weight.clone()
+    DIVATrainer(model, config, uk.Shapes("train", n=64)).train()
+    log = json.loads((tmp_path / "diva/stage1/run.json").read_text())["log"]
+    assert not torch.equal(model.blocks[1].mlp[0].weight, before) and abs(log[0]["generation_gain"]) < 1
+    sizes = dict(rounds=1, prompts=4, rollouts=2, pairs=2, max_steps=2, lora_rank=0, drawing_steps=2, draws=2)
+    chosen = PreferenceConfig(output_dir=str(tmp_path / "dpo"), threshold=0.0, learning_rate=1e-3, **sizes, **small_run)
+    trainer = PreferenceTrainer(model, chosen, uk.Shapes("train", n=64))
+    trainer.fit()
+    assert trainer.rollouts.drawn.shape == (4, 2, 3, 32, 32) and trainer.state.log_history[0]["preference_loss"] > 0
