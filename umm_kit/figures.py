@@ -124,7 +124,8 @@ _ENDPOINT_TITLES = {
 def arms(frame: pd.DataFrame, against: str = "sft") -> Figure:
     """What each arm gains over the better fine-tuning (``against="base"``: over its own base), endpoint by endpoint.
 
-    Above 0 = better, of losses too. An arm is not compared with itself: fine-tuning that is the better one has no row.
+    Above 0 = better, of losses too. An arm is not compared with itself: fine-tuning that is the better one has no row. There is a
+    panel for each endpoint that the frame has.
 
     Args:
         frame: as ``umm_kit.experiments.comparison.effects`` returns it.
@@ -135,6 +136,8 @@ def arms(frame: pd.DataFrame, against: str = "sft") -> Figure:
     panels = {}
     for metric, title in _ENDPOINT_TITLES.items():
         some = rows[rows.metric == metric].set_index("arm")
+        if not len(some):
+            continue
         panels[title] = [(arm, *some.loc[arm, [gain, f"{against}_low", f"{against}_high"]]) for arm in names]
     return plots.forest(panels, "gain over " + ("the base" if against == "base" else "better fine-tuning"), columns=2)
 

@@ -56,7 +56,7 @@ class Preset:
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     few_seeds: tuple[int, ...] = (0,)
     tuning_seed: int = 100
-    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)  # the first is that of DIVA's paper for Show-o
+    rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4)  # 3e-5 is that of DIVA's paper for Show-o
     arms: tuple[str, ...] = ()
     n: int = 2048
     n_prompts: int = 342
@@ -262,7 +262,7 @@ def better(records: Records, metric: str, rivals: Iterable[str]) -> str:
 def effects(records: Records, endpoints: Sequence[str], rivals: Sequence[str]) -> pd.DataFrame:
     """For each arm and endpoint: mean, gain over its base, gain over the better fine-tuning, with 95 % intervals.
 
-    ``detectable``: the smallest gain over fine-tuning that the design had an even chance of four to one to see (power .8).
+    ``detectable``: the gain over fine-tuning that the design would have told from 0 four times in five (power .8).
     ``runs`` counts models; gains are in points of the endpoint (shares, or nats for a loss), above 0 = better.
     """
     rows = []

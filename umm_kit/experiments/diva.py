@@ -11,16 +11,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from umm_kit import published
 from umm_kit.experiments import endpoints
 from umm_kit.experiments.comparison import DECODING, HEADLINES, Arm, Preset, Records, Study, better, content_of, differences
 from umm_kit.models import load
 from umm_kit.statistics import hierarchical_bootstrap
 from umm_kit.trainers.diva import DIVAConfig, DIVATrainer
 
-#: DIVA's ablations on Show-o, from the worst to the best on all four of its benchmarks (Table 4).
-PAPER_ORDER = ("base", "sft", "no_unique", "no_stop_gradient", "diva")
+#: What the paper compares on Show-o (its Table 2), as our arms, and the benchmarks that stand for each ability there.
+PAPER_ARMS = {
+    "base": "base",
+    "sft": "SFT",
+    "no_unique": "without I_uni",
+    "no_stop_gradient": "without stop-gradient",
+    "diva": "DIVA",
+}
+PAPER_PAIRS = (("base", "diva"), ("sft", "diva"), *itertools.pairwise(PAPER_ARMS))
+BENCHMARKS = {"understanding": ("MMMU", "POPE"), "generation": ("GenEval", "DPG-Bench")}
 
 _PLAIN: dict[str, Any] = {"shared_weight": 0.0, "unique_weight": 0.0, "ema_decay": 0.0}
 _ALL: dict[str, Any] = {**_PLAIN, "train_all_layers": True}
@@ -89,22 +99,39 @@ def judge(model: Any, split: str, n: int, n_prompts: int, seed: int, preset: Pre
     return endpoints(model, split, n, n_prompts, seed, preset.texture, progress=False, inpaint=False, decoding=DECODING)
 
 
-def ablation_order(records: Records) -> pd.DataFrame:
-    """Is each arm of the paper's ablation better than the one before it? Kept, reversed, or undecided, step by step."""
+def against_paper(records: Records) -> pd.DataFrame:
+    """Is what the paper found better also better here? Pairs of arms, by ability; "sft" is the better fine-tuning.
+
+    ``published`` is higher - lower on each of the paper's benchmarks, which are other tasks in other units: only signs compare.
+    *reproduced* if our interval lies on the side that all of them are on, *reversed* if on the other, *undecided* if it holds 0;
+    *the paper is divided* if its benchmarks have different signs, *not run* if we have no records.
+    """
+    table = published.load("diva_tables").query("table == 2 and model == 'Show-o'")
+    value = table.set_index(["config", "metric"]).value
     rows = []
-    for metric in HEADLINES:
-        names = [better(records, metric, STUDY.rivals) if name == "sft" else name for name in PAPER_ORDER]
-        for lower, higher in itertools.pairwise(names):
-            tree = differences(records, higher, lower, metric)
+    for metric, benchmarks in BENCHMARKS.items():
+        ours = {"sft": better(records, metric, STUDY.rivals)}
+        for lower, higher in PAPER_PAIRS:
+            theirs = {name: value[PAPER_ARMS[higher], name] - value[PAPER_ARMS[lower], name] for name in benchmarks}
+            row: dict[str, Any] = {"metric": metric, "lower": lower, "higher": higher}
+            row["published"] = ", ".join(f"{name} {gain:+.3g}" for name, gain in theirs.items())
+            tree = differences(records, ours.get(higher, higher), ours.get(lower, lower), metric)
             if len(tree) > 1:
                 e = hierarchical_bootstrap(tree, shared_items=True)
-                said = "kept" if e.low > 0 else "reversed" if e.high < 0 else "undecided"
-                rows.append((metric, lower, higher, e.value, e.low, e.high, said))
-    return pd.DataFrame(rows, columns=["metric", "lower", "higher", "difference", "low", "high", "verdict"])
+                row |= {"here": e.value, "low": e.low, "high": e.high, "runs": sum(map(len, tree))}
+                side, sides = int(e.low > 0) - int(e.high < 0), {int(np.sign(gain)) for gain in theirs.values()}
+                said = "undecided" if not side else "reproduced" if sides == {side} else "reversed"
+                row["verdict"] = said if len(sides) == 1 else "the paper is divided"
+            else:
+                row["verdict"] = "not run"
+            rows.append(row)
+    columns = ["metric", "lower", "higher", "published", "here", "low", "high", "runs", "verdict"]
+    return pd.DataFrame(rows, columns=columns).astype({"runs": "Int64"})
 
 
-def _order(records: Records) -> str:
-    return "\nThe paper's order of ablations:\n" + ablation_order(records).to_string(index=False, float_format="%.4f")
+def _paper(records: Records) -> str:
+    table = against_paper(records).to_string(index=False, float_format="%.4f", na_rep="-")
+    return f"\nWhat the paper found better, higher - lower (its benchmarks; our tasks):\n{table}"
 
 
 STUDY = Study(
@@ -118,6 +145,6 @@ STUDY = Study(
     train=post_train,
     judge=judge,
     causes=("no_unique", "no_shared", "unique_0.06", "aligned_warm_up", "corrected"),  # what may be wrong with DIVA
-    more=_order,
+    more=_paper,
 )
 tune, run = STUDY.tune, STUDY.run

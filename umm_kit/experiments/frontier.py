@@ -16,7 +16,6 @@ import pandas as pd
 
 from umm_kit.data.shapes import Nuisance, Shapes
 from umm_kit.experiments import ASYMMETRIC, Ledger, comparison, diva, mine
-from umm_kit.experiments.comparison import differences
 from umm_kit.features import Features, extract
 from umm_kit.models import load
 from umm_kit.statistics import hierarchical_bootstrap
@@ -97,7 +96,7 @@ def verdicts(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         some = {name: r for name, r in records.items() if r["ratio"] == ratio and r["arm"] in ARMS}
         found = []
         for metric in LOSSES:
-            tree = differences(some, "diva", ARMS[0], metric)
+            tree = comparison.differences(some, "diva", ARMS[0], metric)
             if len(tree) > 1:
                 found.append(hierarchical_bootstrap(tree, shared_items=True))
         if len(found) == len(LOSSES):

@@ -190,7 +190,7 @@ def saturation(sizes: tuple[int, int] = (6, 96), steps: int = 24, batches: int =
     estimates = {name: bound - walk.loss for (name, walk), bound in zip(walks.items(), bounds.values(), strict=True)}
     readings = {"InfoNCE estimate (nats)": estimates | {"the truth": truth} | bounds, "N |d loss / d score of a pair|": weights}
     failure = "among few pairs each partner is soon beyond doubt: the estimate stays below log N, and hardly anything is pulled"
-    xlabel, lines, arrow = f"true information (nats, n = {total})", ("the truth", *bounds), "N tau |d loss / d point|"
+    xlabel, lines, arrow = f"true I (nats, n = {total})", ("the truth", *bounds), "N tau |d loss / d point|"
     return Scene(failure, ("U, shared", "G, shared"), walks, truth, xlabel, readings, lines, arrow)
 
 
