@@ -19,6 +19,8 @@ _NAMES = {
     "collate": "umm_kit.models.base",
     "draw_mask": "umm_kit.models.base",
     "check_model": "umm_kit.models.contract",
+    "HookedUMM": "umm_kit.models.hooked",
+    "Pass": "umm_kit.models.hooked",
     "Decoding": "umm_kit.models.base",
     "extract": "umm_kit.features",
     "diagnose": "umm_kit.diagnostics.report",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from umm_kit.models import load
     from umm_kit.models.base import Decoding, collate, draw_mask
     from umm_kit.models.contract import check_model
+    from umm_kit.models.hooked import HookedUMM, Pass
     from umm_kit.models.teachers import load_teacher
     from umm_kit.reproduce import expect
     from umm_kit.trainers.diva import DIVAConfig, DIVATrainer
@@ -62,10 +65,10 @@ if TYPE_CHECKING:
     from umm_kit.trainers.pretrain import PretrainConfig, PretrainTrainer
 
 __all__ = [
-    "DIVAConfig", "DIVATrainer", "Decoding", "Digits", "Drift", "ImageText", "LatentUMMConfig", "LatentUMMTrainer", "Nuisance",
-    "Oracle", "PreferenceConfig", "PreferenceTrainer", "PretrainConfig", "PretrainTrainer", "Shapes", "__version__", "audit",
-    "check_model", "collate", "compare", "diagnose", "draw_mask", "drift", "evaluate", "expect", "extract", "load",
-    "load_teacher", "weight_changes",
+    "DIVAConfig", "DIVATrainer", "Decoding", "Digits", "Drift", "HookedUMM", "ImageText", "LatentUMMConfig",
+    "LatentUMMTrainer", "Nuisance", "Oracle", "Pass", "PreferenceConfig", "PreferenceTrainer", "PretrainConfig",
+    "PretrainTrainer", "Shapes", "__version__", "audit", "check_model", "collate", "compare", "diagnose", "draw_mask",
+    "drift", "evaluate", "expect", "extract", "load", "load_teacher", "weight_changes",
 ]  # fmt: skip
 
 

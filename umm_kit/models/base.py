@@ -160,19 +160,22 @@ def example_losses(out: FlowOutput, scores: Float[Tensor, "B positions V"]) -> F
 
 @contextmanager
 def recording(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """While it is open, the output of block l, as it is when the blocks run, is kept under l (of layers >= 1).
+    """While it is open, states are kept: what goes into the first block under 0, the output of block l under l.
 
     transformers' own ``output_hidden_states`` ends with a *normalised* state; this is the residual stream everywhere, of any
-    module whose blocks return their states, or a tuple that begins with them.
+    module whose blocks take their states first and return them, or a tuple that begins with them.
 
     Example:
         >>> blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
         >>> with recording(blocks, [0, 2]) as states:
         ...     out = nn.Sequential(*blocks)(torch.ones(1, 2))
-        >>> list(states), states[2].shape
-        ([2], torch.Size([1, 2]))
+        >>> sorted(states), states[0], states[2].shape
+        ([0, 2], tensor([[1., 1.]]), torch.Size([1, 2]))
     """
     states: dict[int, Tensor] = {}
+
+    def keep_input(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states[0] = args[0] if args else next(iter(named.values()))
 
     def keep(layer: int) -> Any:
         def hook(_: nn.Module, __: Any, out: Any) -> None:
@@ -181,6 +184,8 @@ def recording(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[di
         return hook
 
     hooks = [blocks[layer - 1].register_forward_hook(keep(layer)) for layer in layers if layer > 0]
+    if 0 in layers:
+        hooks.append(blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True))
     try:
         yield states
     finally:

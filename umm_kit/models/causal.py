@@ -162,7 +162,7 @@ class CausalUMM(DrawsCodes, nn.Module):
         with recording(self.layers, layers) as states:
             where: dict[str, Any] = {"attention_mask": real.long(), "position_ids": position}
             out = self.body(inputs_embeds=x, past_key_values=cache, use_cache=cache is not None, **where)
-        return out.last_hidden_state, ({0: x} if 0 in layers else {}) | states
+        return out.last_hidden_state, states
 
     def _in_slots(self, states: Mapping[int, Tensor], ids: Tensor) -> dict[int, Tensor]:
         return {layer: h[(ids == SLOT).to(h.device)].unflatten(0, (len(ids), -1)) for layer, h in states.items()}

@@ -56,6 +56,7 @@ def check_model(model: Any, batch: Mapping[str, Any]) -> CheckReport:
 
     - ``caption_unseen``: understanding's image states do not change with the caption; ``caption_read``: generation's do.
     - ``hidden_unseen``: a hidden code changes no state; ``raster_order``: a shown one changes the input state of its place alone.
+      Of a model without an ``image_tokenizer``, the pixels of that place.
     - ``losses``: they are cross-entropies of logits and labels, the labels of generation being the hidden tokens.
     - ``gradients``: both losses reach every layer. ``repeatable``: one seed, one mask and one loss.
     - ``same_seed``: one seed, one drawing. ``shown_kept``: inpainting leaves what is shown.
@@ -101,10 +102,26 @@ class _Trial:
     def _generation(self, batch: Mapping[str, Any] | None = None, **more: Any) -> FlowOutput:
         return self.model.generation_flow(self.batch if batch is None else batch, mask=self._mask(), **more)
 
-    def _codes(self) -> Tensor:
-        if not hasattr(self.model, "image_tokenizer"):
-            raise NotAsked("the model has no image_tokenizer whose codes could be changed one by one")
-        return self.model.image_tokenizer.encode(self.batch["images"].to(getattr(self.model, "device", "cpu")))
+    def _contents(self) -> Tensor:
+        """What stands at each place: codes [B, N, ...], or of a model without an image tokenizer the pixels there."""
+        images = self.batch["images"].to(getattr(self.model, "device", "cpu"))
+        if hasattr(self.model, "image_tokenizer"):
+            return self.model.image_tokenizer.encode(images)
+        return nn.functional.unfold(images, self._cell(), stride=self._cell()).mT
+
+    def _cell(self) -> tuple[int, int]:
+        """Pixels (down, across) of one image token."""
+        (height, width), (rows, columns) = self.batch["images"].shape[-2:], self.model.grid
+        if height % rows or width % columns:
+            raise NotAsked(f"{height} x {width} pixels do not divide into {rows} x {columns} tokens, and there are no codes")
+        return height // rows, width // columns
+
+    def _with(self, contents: Tensor) -> dict[str, Any]:
+        """The batch with other codes, or other pixels."""
+        if hasattr(self.model, "image_tokenizer"):
+            return {**self.batch, "codes": contents}
+        size = tuple(self.batch["images"].shape[-2:])
+        return {**self.batch, "images": nn.functional.fold(contents.mT, size, self._cell(), stride=self._cell())}
 
     # --- parts ---
 
@@ -161,33 +178,34 @@ class _Trial:
             raise ValueError("with another caption no image state of generation moves; the caption must stand before the image")
 
     def hidden_unseen(self) -> None:
-        codes, mask = self._codes(), self._mask()
-        if codes.is_floating_point():
+        contents, mask = self._contents(), self._mask()
+        if contents.is_floating_point() and hasattr(self.model, "image_tokenizer"):
             raise NotAsked(
                 "a hidden token stands as noise of some level, and below level 1 its latent shows through: that is the flow"
             )
-        hidden = mask.to(codes.device).view(*mask.shape, *[1] * (codes.ndim - 2))
-        changed = torch.where(hidden, codes.roll(1, 0).roll(1, 1), codes)
-        a, b = (self._generation({**self.batch, "codes": c}).hidden_states for c in (codes, changed))
+        hidden = mask.to(contents.device).view(*mask.shape, *[1] * (contents.ndim - 2))
+        changed = torch.where(hidden, contents.roll(1, 0).roll(1, 1), contents)
+        a, b = (self._generation(self._with(c)).hidden_states for c in (contents, changed))
         for layer in a:
             if (by := _moved(a[layer], b[layer])) > 1e-3:
                 raise ValueError(
-                    f"with other hidden codes the image states of generation move by {by:.2g} of their spread in layer {layer}; "
-                    "what is hidden must not be in the input"
+                    f"with other hidden content generation's image states move by {by:.2g} of their spread in layer {layer}; "
+                    "what is hidden must not be in the input (hide pixels before any layer that looks at several of them at once)"
                 )
 
     def raster_order(self) -> None:
-        codes = self._codes()
-        places = [j for j in range(1, codes.shape[1], 2) if bool((codes[:, j] != codes[0, j]).any())]  # shown by _mask
+        contents = self._contents()
+        differs = (contents != contents[:1]).flatten(2).any(2) if contents.ndim > 2 else contents != contents[:1]
+        places = [j for j in range(1, contents.shape[1], 2) if bool(differs[:, j].any())]  # shown by _mask
         if not places:
-            raise NotAsked("all images of the batch have the same codes")
-        changed = codes.clone()
-        changed[:, places[0]] = codes[:, places[0]].roll(1, 0)
-        a, b = (self._generation({**self.batch, "codes": c}, layers=[0]).hidden_states[0] for c in (codes, changed))
+            raise NotAsked("all images of the batch have the same content")
+        changed = contents.clone()
+        changed[:, places[0]] = contents[:, places[0]].roll(1, 0)
+        a, b = (self._generation(self._with(c), layers=[0]).hidden_states[0] for c in (contents, changed))
         moved = (a - b).abs().amax((0, 2)).nonzero()[:, 0].tolist()
         if moved != places[:1]:
             raise ValueError(
-                f"with another code at place {places[0]} the input states of places {moved} move; states must be in raster order"
+                f"with another content at place {places[0]} the input states of places {moved} move; they must be in raster order"
             )
 
     def losses(self) -> None:
