@@ -1,6 +1,7 @@
 """Experiments: records that survive a stop, endpoints in one order for all models, verdicts by the stated rule."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -92,7 +93,8 @@ def test_verdicts_follow_the_rule_in_every_seed():
 def test_a_planted_predictor_is_found():
     cells = [r for seed, hurt in enumerate((0.1, 0.2, 0.3, 0.4, 0.5, 0.6)) for r in planted(hurt, 0.1, seed=seed)]
     row = atlas.predictors(ledgers(cells)).set_index(["task", "series"]).loc[("understanding", "conflict")]
-    assert row.spearman == pytest.approx(1) and row.low > 0.9 and row.n == 6
+    assert row.spearman == pytest.approx(1) and np.isnan(row.low) and row.n == 6
+    assert row.p_value == pytest.approx(2 / math.factorial(6))
     other = atlas.predictors(ledgers(cells)).set_index(["task", "series"]).loc[("generation", "conflict")]
     assert other.low < 0 < other.high, "noise is not called a predictor"
 

@@ -69,10 +69,13 @@ def verdicts(**gains):
 
 def test_what_the_paper_found_is_reproduced_reversed_or_undecided():
     kept = verdicts(base=0, sft_all=0.01, no_unique=0.02, no_stop_gradient=0.03, diva=0.04)
-    assert len(kept) == 12
+    assert len(kept) == 18
     divided = [("generation", "base", "sft")]  # GenEval .69 -> .67, DPG-Bench 69.81 -> 70.75
     assert kept.verdict[divided].tolist() == ["the paper is divided"]
-    assert set(kept.drop(index=divided).verdict) == {"reproduced"}
+    there = kept[kept.index.get_level_values("lower").isin(["base", "sft", "no_unique", "no_stop_gradient"])]
+    assert set(there.drop(index=divided).verdict) == {"reproduced"}
+    assert set(kept.drop(index=there.index).verdict) == {"not run"}
+    assert kept.published["understanding", "transformer", "diva"] == "MMMU +0.3, POPE -0.1"
     assert kept.published["understanding", "sft", "diva"] == "MMMU +5.6, POPE +4.6"
     assert kept.here["understanding", "sft", "diva"] == pytest.approx(0.03, abs=0.002)
     assert kept.runs["understanding", "sft", "diva"] == 4
@@ -83,6 +86,18 @@ def test_what_the_paper_found_is_reproduced_reversed_or_undecided():
     assert equal.verdict["understanding", "sft", "diva"] == "undecided"
     assert equal.verdict["understanding", "no_unique", "no_stop_gradient"] == "not run"
     assert np.isnan(equal.here["understanding", "no_unique", "no_stop_gradient"])
+
+
+def test_gains_by_category_are_those_of_its_prompts():
+    found = records(base=0, diva=0)
+    for record in found.values():
+        one = np.zeros((6, 5))
+        one[2] = record["arm"] == "diva"  # all of counting, and nothing else
+        record["items"]["generation"] = one.ravel()
+    rows = diva.by_category(found).set_index("category")
+    assert rows.here.to_dict() == {name: float(name == "counting") for name in rows.index}
+    assert rows.published["counting"] == pytest.approx(0.03) and rows.published["position"] == pytest.approx(0.14)
+    assert rows.verdict["counting"] == "reproduced" and rows.verdict["position"] == "undecided" and (rows.n == 5).all()
 
 
 def test_without_fine_tuning_nothing_is_said():

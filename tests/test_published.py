@@ -57,3 +57,13 @@ def test_geneval_is_not_the_mean_of_its_categories(config):
     table = published.load("diva_tables").query("table == 9 and config == @config")
     row = published.disagreements().set_index("what").loc[f"GenEval of Show-o, {config}, against its categories"]
     assert len(table) == 6 and row.value_b == f"{table.value.mean():.3f}" and row.value_a == cell(1, "Show-o", config)
+
+
+@pytest.mark.parametrize(("ability", "drawing"), [("understanding", False), ("generation", True)])
+def test_the_headlines_are_not_the_mean_of_their_table(ability, drawing):
+    table = published.load("diva_tables").query("table == 1")
+    wide = table.pivot_table(index=["model", "metric"], columns="config", values="value")
+    mine = wide[wide.index.get_level_values("metric").isin(["GenEval", "DPG-Bench", "WISE"]) == drawing]
+    known = published.disagreements().set_index("what")
+    row = known.loc[f"gain in {ability} (%), over all benchmarks and models"]
+    assert len(mine) == (9 if drawing else 15) and row.value_b == f"{100 * (mine.DIVA / mine.base - 1).mean():.2f}"

@@ -134,7 +134,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--n", type=int, default=2000, help="scenes (default: %(default)s)")
 
     command(check, model)
-    command(info)
+    sub = command(info)
+    sub.add_argument("model", nargs="?", metavar="MODEL", help="say instead how large a model is and what training it would take")
 
     sub = command(reproduce, folder)
     sub.add_argument("what", nargs="?", choices=("notebooks", *EXPERIMENTS), default="notebooks", help="(default: %(default)s)")
@@ -350,7 +351,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
-    """show versions, device, memory, disk, and the shipped models with their scores"""
+    """show versions, device, memory, disk, and the shipped models with their scores; or what one MODEL would take"""
     import platform
     import shutil
 
@@ -359,6 +360,14 @@ def info(args: argparse.Namespace) -> int:
     from umm_kit.models.base import resolve_device
     from umm_kit.records import versions
 
+    if args.model:
+        from umm_kit.models.sizes import product_rate, sizes
+
+        found, rate = sizes(args.model), product_rate(resolve_device())
+        print(found)
+        work = found.operations()
+        print(f"A step of 8 pairs on both flows is {work:.2g} operations: at least {work / rate:.2g} s on this device")
+        return 0
     print(", ".join(map(" ".join, versions().items())))
     print(f"{platform.platform()}, {psutil.cpu_count(logical=False) or psutil.cpu_count()} cores, device {resolve_device()}")
     memory = psutil.virtual_memory()

@@ -229,11 +229,13 @@ class Drift:
         return (whole - centre) @ axes.T
 
     def save(self, path: str | Path) -> None:
-        """Write every number per cycle, survival by category, and the record of the run, as JSON."""
-        rows = self.to_frame().to_dict("records")
+        """Write every number per cycle, survival by category, mean survival and half-life, and the record of the run, as JSON."""
+        rows, results = self.to_frame().to_dict("records"), {}
         if self.facts is not None:
             rows += self.by_category().assign(metric=lambda f: "survival of " + f.category).to_dict("records")
-        write_json(path, {"record": self.record, "notes": self.notes, "rows": rows})
+            named = {"mean_survival": self.mean_survival, "half_life": self.half_life}
+            results = {name: {"value": e.value, "interval": list(e.interval)} for name, e in named.items()}
+        write_json(path, {"record": self.record, "notes": self.notes, "results": results, "rows": rows})
 
     def plot(self) -> Figure:
         """Survival, what bounds it, where latents go, and survival by category, against cycles."""

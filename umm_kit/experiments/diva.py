@@ -15,21 +15,40 @@ import numpy as np
 import pandas as pd
 
 from umm_kit import published
+from umm_kit.data.language import CATEGORIES
 from umm_kit.experiments import endpoints
 from umm_kit.experiments.comparison import DECODING, HEADLINES, Arm, Preset, Records, Study, better, content_of, differences
 from umm_kit.models import load
 from umm_kit.statistics import hierarchical_bootstrap
 from umm_kit.trainers.diva import DIVAConfig, DIVATrainer
 
-#: What the paper compares on Show-o (its Table 2), as our arms, and the benchmarks that stand for each ability there.
-PAPER_ARMS = {
+#: What the paper compares on Show-o, as our arms: (lower, higher, where the lower stands, where the higher), each a table and a
+#: configuration in it. Table 2's first five are in its order, from worst to best.
+_TABLE_2 = {
     "base": "base",
     "sft": "SFT",
     "no_unique": "without I_uni",
     "no_stop_gradient": "without stop-gradient",
     "diva": "DIVA",
+    "linear": "encoders Linear+LN",
+    "transformer": "encoders Transformer",
+    "contiguous": "contiguous mask",
 }
-PAPER_PAIRS = (("base", "diva"), ("sft", "diva"), *itertools.pairwise(PAPER_ARMS))
+_ORDER = list(_TABLE_2)[:5]
+PAPER_PAIRS: tuple[tuple[str, str, tuple[int, str], tuple[int, str]], ...] = (
+    *(
+        (a, b, (2, _TABLE_2[a]), (2, _TABLE_2[b]))
+        for a, b in [
+            ("base", "diva"),
+            ("sft", "diva"),
+            *itertools.pairwise(_ORDER),
+            *((arm, "diva") for arm in list(_TABLE_2)[5:]),
+        ]
+    ),
+    ("unique_0.4", "diva", (4, "lambda_uni=0.4"), (4, "lambda_uni=0.6")),
+    ("unique_0.8", "diva", (4, "lambda_uni=0.8"), (4, "lambda_uni=0.6")),
+    ("reca", "diva", (6, "RecA"), (1, "DIVA")),
+)
 BENCHMARKS = {"understanding": ("MMMU", "POPE"), "generation": ("GenEval", "DPG-Bench")}
 
 _PLAIN: dict[str, Any] = {"shared_weight": 0.0, "unique_weight": 0.0, "ema_decay": 0.0}
@@ -105,15 +124,19 @@ def against_paper(records: Records) -> pd.DataFrame:
     ``published`` is higher - lower on each of the paper's benchmarks, which are other tasks in other units: only signs compare.
     *reproduced* if our interval lies on the side that all of them are on, *reversed* if on the other, *undecided* if it holds 0;
     *the paper is divided* if its benchmarks have different signs, *not run* if we have no records.
+
+    Returns:
+        Columns source (its table), metric, lower, higher, published, here, low, high, runs, verdict.
     """
-    table = published.load("diva_tables").query("table == 2 and model == 'Show-o'")
-    value = table.set_index(["config", "metric"]).value
+    table = published.load("diva_tables").query("model == 'Show-o'")
+    value = table.set_index(["table", "config", "metric"]).value.to_dict()
     rows = []
     for metric, benchmarks in BENCHMARKS.items():
         ours = {"sft": better(records, metric, STUDY.rivals)}
-        for lower, higher in PAPER_PAIRS:
-            theirs = {name: value[PAPER_ARMS[higher], name] - value[PAPER_ARMS[lower], name] for name in benchmarks}
-            row: dict[str, Any] = {"metric": metric, "lower": lower, "higher": higher}
+        for lower, higher, below, above in PAPER_PAIRS:
+            both = [name for name in benchmarks if (*below, name) in value and (*above, name) in value]
+            theirs = {name: value[(*above, name)] - value[(*below, name)] for name in both}
+            row: dict[str, Any] = {"source": f"Table {below[0]}", "metric": metric, "lower": lower, "higher": higher}
             row["published"] = ", ".join(f"{name} {gain:+.3g}" for name, gain in theirs.items())
             tree = differences(records, ours.get(higher, higher), ours.get(lower, lower), metric)
             if len(tree) > 1:
@@ -125,8 +148,31 @@ def against_paper(records: Records) -> pd.DataFrame:
             else:
                 row["verdict"] = "not run"
             rows.append(row)
-    columns = ["metric", "lower", "higher", "published", "here", "low", "high", "runs", "verdict"]
+    columns = ["source", "metric", "lower", "higher", "published", "here", "low", "high", "runs", "verdict"]
     return pd.DataFrame(rows, columns=columns).astype({"runs": "Int64"})
+
+
+def by_category(records: Records, arm: str = "diva", other: str = "base") -> pd.DataFrame:
+    """Gain arm - other on each of GenEval's categories, beside that of DIVA over its base in the paper (Table 9, Show-o).
+
+    Returns:
+        Columns category, published, here, low, high (shares of prompts; 95 % interval), runs, n (prompts), verdict.
+    Raises:
+        ValueError: fewer than two base models have both.
+    """
+    table = published.load("diva_tables").query("table == 9 and model == 'Show-o'").set_index(["config", "metric"]).value
+    tree = differences(records, arm, other, "generation")
+    if len(tree) < 2:
+        raise ValueError(f"{len(tree)} base models have records of both {arm} and {other}; expected two at least")
+    rows = []
+    for k, (category, name) in enumerate(zip(CATEGORIES, table["base"].index, strict=True)):
+        mine = [[run.reshape(len(CATEGORIES), -1)[k] for run in seeds] for seeds in tree]  # prompts stand category by category
+        e = hierarchical_bootstrap(mine, shared_items=True)
+        gain = float(table["DIVA", name] - table["base", name])
+        side = int(e.low > 0) - int(e.high < 0)
+        said = "undecided" if not side else "reproduced" if side == np.sign(gain) else "reversed"
+        rows.append((category, gain, e.value, e.low, e.high, sum(map(len, mine)), mine[0][0].size, said))
+    return pd.DataFrame(rows, columns=["category", "published", "here", "low", "high", "runs", "n", "verdict"])
 
 
 def _paper(records: Records) -> str:

@@ -28,15 +28,18 @@ def load(name: str | Path, device: str = "auto", dtype: str = "float32", downloa
         return _with_adapter(Path(name), device, dtype, download)
     own: dict[str, Any] = {"umm_masked": MaskedUMM, "umm_autoregressive": AutoregressiveUMM, "umm_flow": FlowUMM}
     families = {**own, **PRETRAINED}
-    shipped = CHECKPOINTS / str(name)
-    place = shipped if (shipped / "config.json").exists() else name
-    about = _config_of(place, download)
+    place = place_of(name)
+    about = config_of(place, download)
     try:
         kind = json.loads(about.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{about} is no model's configuration ({type(error).__name__}: {error})") from error
     if kind not in families:
         raise ValueError(f"{name} holds a {kind!r} model; this version loads {sorted(families)}")
+    if download and kind in PRETRAINED and not Path(place).exists():
+        from umm_kit.models.sizes import sizes
+
+        print(f"{sizes(name)}\nNot yet run on these weights by the authors of umm_kit. Fetching what is not in the cache ...")
     where = resolve_device(device)
     more = {"local_files_only": True, "use_safetensors": True} if kind in own else {"download": download}
     try:
@@ -68,7 +71,13 @@ def _with_adapter(folder: Path, device: str, dtype: str, download: bool) -> Any:
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
 
 
-def _config_of(name: str | Path, download: bool) -> Path:
+def place_of(name: str | Path) -> str | Path:
+    """The folder of a shipped model, or the name as it is."""
+    shipped = CHECKPOINTS / str(name)
+    return shipped if (shipped / "config.json").exists() else name
+
+
+def config_of(name: str | Path, download: bool = False) -> Path:
     """config.json of a folder, or of a hub id: from the local cache, or from the hub if ``download``."""
     if (Path(name) / "config.json").exists():
         return Path(name) / "config.json"

@@ -28,6 +28,7 @@ class PretrainedUMM(CausalUMM):
     """
 
     transformers_class: str
+    body_path: str  # of the language model within it
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -39,6 +40,10 @@ class PretrainedUMM(CausalUMM):
         self.mean = tuple((pixels or {}).get("image_mean", self.mean))
         self.std = tuple((pixels or {}).get("image_std", self.std))
         self.pad = words.pad_token_id if words.pad_token_id is not None else words.eos_token_id
+
+    @property
+    def body(self) -> Any:  # type: ignore[override]
+        return self.model.get_submodule(self.body_path)
 
     @property
     def embedding(self) -> Any:  # type: ignore[override]
@@ -163,6 +168,7 @@ class JanusUMM(PretrainedUMM):
     """
 
     transformers_class = "JanusForConditionalGeneration"
+    body_path = "model.language_model"
 
     def __init__(self, model: Any, words: Any, pixels: dict[str, Any] | None = None):
         super().__init__(model, words, pixels)
@@ -171,10 +177,6 @@ class JanusUMM(PretrainedUMM):
         self.seen_grid = (vision.image_size // vision.patch_size,) * 2
         self.boi, self.eoi, self.placeholder = (self.special(f"{name}_token") for name in ("boi", "eoi", "image"))
         self.image_tokenizer = Codes(self, model.model.vqmodel)
-
-    @property
-    def body(self) -> Any:  # type: ignore[override]
-        return self.model.model.language_model
 
     def asked(self, prompt: str | None) -> list[int]:
         before = "<|User|>: " if prompt is not None else f"<|User|>: {INSTRUCTION}\n"
@@ -235,6 +237,7 @@ class Emu3UMM(OneVocabulary):
     """
 
     transformers_class = "Emu3ForConditionalGeneration"
+    body_path = "model.text_model"
 
     def __init__(self, model: Any, words: Any, pixels: dict[str, Any] | None = None):
         super().__init__(model, words, pixels)
@@ -247,10 +250,6 @@ class Emu3UMM(OneVocabulary):
         self._image = opening + ([SLOT] * side + [int(mapping.eol_token_id)]) * side
         self._closing = [self.special("eof_token"), self.special("eoi_token")]
         self.image_tokenizer = Codes(self, model.model.vqmodel)
-
-    @property
-    def body(self) -> Any:  # type: ignore[override]
-        return self.model.model.text_model
 
     def asked(self, prompt: str | None) -> list[int]:
         before = "You are a helpful assistant. USER: " + (f"{INSTRUCTION} " if prompt is None else "")
@@ -283,6 +282,7 @@ class LiquidUMM(OneVocabulary):
     """
 
     transformers_class = "GemmaForCausalLM"
+    body_path = "model"
 
     def __init__(self, model: Any, words: Any, pixels: dict[str, Any] | None = None, vq: Any = None):
         super().__init__(model, words, pixels)
@@ -299,10 +299,6 @@ class LiquidUMM(OneVocabulary):
         self.register_buffer("code_words", codes, persistent=False)
         self.boi, self.eoi, self.nothing = (self.special(token) for token in ("<boi>", "<eoi>", "<unconditional>"))
         self.image_tokenizer = Codes(self, vq)
-
-    @property
-    def body(self) -> Any:  # type: ignore[override]
-        return self.model.model
 
     def asked(self, prompt: str | None) -> list[int]:
         before = "<start_of_turn>user\n" + (f"{INSTRUCTION}\n" if prompt is None else "")
