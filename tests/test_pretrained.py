@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from families import PRETRAINED, small, words
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -12,7 +13,7 @@ import umm_kit as uk
 from umm_kit.models.base import Decoding
 from umm_kit.models.causal import SLOT
 from umm_kit.models.pretrained import Emu3UMM, JanusUMM, LiquidUMM
-from umm_kit.trainers.diva import DIVAConfig, DIVATrainer
+from umm_kit.trainers.diva import DIVAConfig, DIVATrainer, train
 from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -250,6 +251,31 @@ def test_diva_trains_it(batch, tmp_path, rank):
     DIVATrainer(model, config, uk.Shapes("train", n=64)).train()
     moved = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
     assert moved and all(".layers.1." in name for name in moved), "the middle layer alone is trained"
+
+
+@pytest.mark.slow
+def test_adapters_train_a_base_of_16_bits(tmp_path):
+    """What a model of billions needs: the base stays as it was, in half the memory, and the adapter alone is in float32."""
+    small("janus").save_pretrained(tmp_path / "base")
+    settings = {"stage1_steps": 2, "max_steps": 2, "per_device_train_batch_size": 8, "rank": 4, "factor_size": 16, "layers": [2]}
+    quiet = {"use_cpu": True, "disable_tqdm": True, "warmup_steps": 0, "save_steps": 2, "logging_steps": 1}
+    config = DIVAConfig(
+        output_dir=str(tmp_path / "run"),
+        model=str(tmp_path / "base"),
+        load_dtype="bfloat16",
+        lora_rank=2,
+        learning_rate=1e-2,
+        **settings,
+        **quiet,
+    )
+    trained, base = train(config), uk.load(tmp_path / "base", device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in trained.body.parameters()} == {torch.bfloat16}
+    moved = {name for name, p in trained.state_dict().items() if not torch.equal(p, base.state_dict()[name])}
+    assert moved and all(".layers.1." in name for name in moved)
+    with safe_open(tmp_path / "run/adapter/adapter_model.safetensors", "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}
+    with pytest.raises(ValueError, match="set lora_rank"):
+        DIVAConfig(output_dir=str(tmp_path), load_dtype="bfloat16")
 
 
 @pytest.mark.slow

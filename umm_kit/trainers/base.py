@@ -58,6 +58,27 @@ class UMMArguments(TrainingArguments):
         super().__post_init__()
 
 
+@dataclass
+class PostTrainArguments(UMMArguments):
+    """Of trainers that go on from a model."""
+
+    model: str = field(default="tiny-masked", metadata={"help": "The model to post-train."})
+    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
+    lora_rank: int = field(default=0, metadata={"help": "Above 0, of adapters that are trained instead of full weights."})
+    load_dtype: str = field(
+        default="float32",
+        metadata={"help": "Of the weights as they are loaded: 'bfloat16' halves them, for adapters on large models."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.load_dtype != "float32" and not self.lora_rank:
+            raise ValueError(
+                f"load_dtype is {self.load_dtype!r} without adapters, and small updates in 16 bits are lost: set lora_rank, "
+                "or keep float32 weights (bf16=True computes in 16 bits all the same)"
+            )
+        super().__post_init__()
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) on hidden matrices and AdamW on the rest, behind one optimizer's face.
 
@@ -382,7 +403,7 @@ def post_train(
     from umm_kit.models import load
 
     set_seed(config.seed)
-    model = load(config.model, device="cpu")
+    model = load(config.model, device="cpu", dtype=config.load_dtype)
     trainer = make(model, open_data(config.data, "train", seed=config.seed, image_size=model.image_size))
     trainer.fit()
     if trainer.is_world_process_zero():

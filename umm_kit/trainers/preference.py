@@ -24,19 +24,17 @@ from umm_kit.features import evaluating
 from umm_kit.losses.preference import best_and_worst, dpo
 from umm_kit.models.base import Decoding, FlowOutput, elbo_masks
 from umm_kit.models.factors import FLOWS
-from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, post_train
+from umm_kit.trainers.base import PostTrainArguments, Stream, UMMTrainer, post_train
 from umm_kit.trainers.stages import FlowCollator, Flows, adapters
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class PreferenceConfig(UMMArguments):
+class PreferenceConfig(PostTrainArguments):
     """Configuration of :class:`PreferenceTrainer`."""
 
     output_dir: str | None = "runs/preference"
-    model: str = field(default="tiny-masked", metadata={"help": "The model to post-train."})
-    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
     rounds: int = field(default=3, metadata={"help": "How often the model draws anew; the steps are divided among them."})
     prompts: int = field(default=256, metadata={"help": "Captions that are drawn in each round."})
     rollouts: int = field(default=4, metadata={"help": "K: drawings of each."})

@@ -341,6 +341,9 @@ def adapters(
         exactly = "|".join(re.escape(name) for name in names)  # peft takes a list for endings of names
         settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly, base_model_name_or_path=base)
         tuner = LoraModel(model, {"default": settings}, "default")  # type: ignore[arg-type]
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            p.data = p.data.float()  # in 16 bits, as the weights beside them may be, small updates would be lost
     try:
         yield
         if folder is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from umm_kit.models.factors import INJECTIONS, KINDS
-from umm_kit.trainers.base import UMMArguments
+from umm_kit.trainers.base import PostTrainArguments
 
 PENALTIES = ("across", "within")
 PAIRS = ("true", "shuffled")
@@ -53,7 +53,7 @@ def take_variant(config: Any, variants: Mapping[str, Mapping[str, Any]]) -> None
 
 
 @dataclass
-class DIVAConfig(UMMArguments):
+class DIVAConfig(PostTrainArguments):
     """Configuration of :class:`DIVATrainer`; defaults are the paper's for Show-o (Tables 7, 8), its layers 8-18 of 24 scaled.
 
     The paper does not state factor_size, temperature, ramp_share and replay_every. Its batch is 6 on each of 8 GPUs, 12 times
@@ -80,8 +80,6 @@ class DIVAConfig(UMMArguments):
     """
 
     output_dir: str | None = "runs/diva"
-    model: str = field(default="tiny-masked", metadata={"help": "The model to post-train."})
-    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
     variant: str = field(default="paper", metadata={"help": "'paper', 'released' or 'corrected'."})
     stage1_steps: int = 2000
     stage1_learning_rate: float = 2e-4
