@@ -192,7 +192,7 @@ def test_no_trace_of_one_machine():
 
 
 def test_links_within_the_documents_lead_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md", "NOTATION.md", "CHANGELOG.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "NOTATION.md", "CHANGELOG.md", "CLUSTER.md"):
         for link in re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text()):
             assert link.startswith("https://") or (ROOT / link).exists(), f"{name}: {link}"
 

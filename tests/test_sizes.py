@@ -1,8 +1,12 @@
 """Sizes are counted from the configuration and agree with the model; memory is the sum of named parts."""
 
+import re
+
 import pytest
 import torch
+from conftest import ROOT
 from families import PRETRAINED, small
+from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
 from umm_kit import cli
 from umm_kit.models import load
@@ -60,3 +64,19 @@ def test_info_prints_it_without_reading_weights(tmp_path, capsys):
 
 def test_products_take_time():
     assert product_rate(torch.device("cpu"), 0.01) > 1e6
+
+
+def test_the_page_on_clusters_says_what_info_says(tmp_path):
+    """CLUSTER.md's table is that of a configuration in the shape of Janus-Pro 7B; its sums are rounded to whole GiB."""
+    words = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32, num_hidden_layers=30,
+        vocab_size=102400,
+    )  # fmt: skip
+    wide = {"projection_dim": 4096}
+    seen, drawn = JanusVisionConfig(**wide), JanusVQVAEConfig(**wide, image_token_embed_dim=4096)
+    JanusConfig(text_config=words, vision_config=seen, vq_config=drawn).save_pretrained(tmp_path)
+    found, page = sizes(tmp_path), (ROOT / "CLUSTER.md").read_text()
+    assert f"{found.parameters / 1e9:.2f} billion" in page
+    rows = re.findall(r"^\| (read only|LoRA.*?|the middle layers|all layers)\b.*\| (\d+) \|$", page, re.M)
+    assert [int(total) for _, total in rows] == found.memory()["sum"].round().astype(int).tolist()
+    assert f"{found.operations() / 1e14:.1f} · 10¹⁴" in page

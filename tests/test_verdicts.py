@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 from conftest import ROOT
 
@@ -19,14 +20,18 @@ def clone(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def frame(clone):
+    return verdicts.collect(clone)
+
+
 def of(frame, claim):
     found = frame[frame.claim == claim]
     assert len(found) == 1, claim
     return found.iloc[0]
 
 
-def test_every_line_has_a_verdict_a_reason_and_a_command(clone):
-    frame = verdicts.collect(clone)
+def test_every_line_has_a_verdict_a_reason_and_a_command(frame):
     assert list(frame.columns) == ["paper", "source", "claim", "verdict", "evidence", "command"]
     assert set(frame.verdict) <= set(verdicts.VERDICTS) and (frame.map(len) > 0).all(axis=None)
     assert not frame.duplicated(["paper", "source", "claim"]).any() and list(frame.paper) == sorted(frame.paper)
@@ -34,32 +39,28 @@ def test_every_line_has_a_verdict_a_reason_and_a_command(clone):
     assert known <= set(frame[frame.paper == "DIVA"].source)
 
 
-def test_a_verdict_follows_its_record(clone, tmp_path):
-    """DIVA's items of understanding are raised by .1: what was a loss becomes a gain, and no other line of Table 1 moves."""
-    shutil.copytree(clone, tmp_path / "other")
-    ledger = Ledger(clone / "experiments/diva.jsonl")
-    (tmp_path / "other/experiments/diva.jsonl").unlink()
-    with (tmp_path / "other/experiments/diva.jsonl").open("w") as file:
-        for record in ledger.records().values():
-            if record["arm"] == "diva":
-                record["items"]["understanding"] = [value + 0.1 for value in record["items"]["understanding"]]
-            file.write(json.dumps(record) + "\n")
-    before, after = verdicts.collect(clone), verdicts.collect(tmp_path / "other")
-    assert of(after, "DIVA improves understanding").verdict == "reproduced" != of(before, "DIVA improves understanding").verdict
+def test_a_verdict_follows_its_record(clone, frame):
+    """DIVA's items of understanding are raised by .1: what was a loss becomes a gain, and no line of generation moves."""
+    records = Ledger(clone / "experiments/diva.jsonl").records()
+    for record in records.values():
+        if record["arm"] == "diva":
+            record["items"]["understanding"] = [value + 0.1 for value in record["items"]["understanding"]]
+    after = pd.DataFrame([vars(v) for v in verdicts._arms(records)])
+    gain, drawing = "DIVA improves understanding", "DIVA improves generation"
+    assert of(after, gain).verdict == "reproduced" != of(frame, gain).verdict
     assert of(after, "diva beats base in understanding").verdict == "reproduced"
-    assert of(after, "DIVA improves generation").verdict == of(before, "DIVA improves generation").verdict
+    assert of(after, drawing).verdict == of(frame, drawing).verdict
 
 
-def test_a_drift_that_stops_at_the_ceiling_is_none(clone, tmp_path):
+def test_a_drift_that_stops_at_the_ceiling_is_none(clone, frame, tmp_path):
     claim = "meaning drifts at modality transitions, further with each cycle"
+    assert of(frame, claim).verdict == "reproduced"
     content = json.loads((clone / "figures/data/drift.json").read_text())
-    assert of(verdicts.collect(clone), claim).verdict == "reproduced"
     for row in content["rows"]:
         if row["metric"] == "survival":
             row |= {"value": 1.0, "low": 0.98, "high": 1.02}
-    shutil.copytree(clone, tmp_path / "still")
-    (tmp_path / "still/figures/data/drift.json").write_text(json.dumps(content))
-    assert of(verdicts.collect(tmp_path / "still"), claim).verdict == "undecided"
+    (tmp_path / "still.json").write_text(json.dumps(content))
+    assert next(verdicts._drift(tmp_path / "still.json")).verdict == "undecided"
 
 
 def test_a_folder_without_records_is_refused(tmp_path):

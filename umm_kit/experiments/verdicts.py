@@ -100,8 +100,9 @@ def _planted(records: dict[str, dict[str, Any]]) -> Iterator[Verdict]:
 
 def _arms(records: dict[str, dict[str, Any]]) -> Iterator[Verdict]:
     command = "umm-kit reproduce diva"
-    frame = comparison.verdict(diva.STUDY.effects(records), "diva")
-    for row in frame[frame.metric.isin(comparison.HEADLINES)].to_dict("records"):
+    compared = {name: r for name, r in records.items() if r["arm"] in ("base", "diva", *diva.STUDY.rivals)}
+    frame = comparison.effects(compared, comparison.HEADLINES, diva.STUDY.rivals)
+    for row in comparison.verdict(frame, "diva").to_dict("records"):
         found = f"{_interval(row, 'over_sft')} over the better fine-tuning, {row['runs']} runs, n = {row['n']}"
         claim = f"DIVA improves {row['metric']}"
         yield Verdict(DIVA, "abstract, Table 1", claim, _SAID.get(row["verdict"], row["verdict"]), found, command)
