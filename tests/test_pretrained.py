@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from families import PRETRAINED, small, words
+from families import PRETRAINED, small
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +13,7 @@ import umm_kit as uk
 from umm_kit.models.base import Decoding
 from umm_kit.models.causal import SLOT
 from umm_kit.models.pretrained import Emu3UMM, JanusUMM, LiquidUMM
+from umm_kit.models.samples import word_tokenizer
 from umm_kit.trainers.diva import DIVAConfig, DIVATrainer, train
 from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer
 
@@ -308,7 +309,9 @@ def test_another_class_is_refused(model):
 
 
 def test_a_tokenizer_without_places_for_images_is_refused():
-    plain = PreTrainedTokenizerFast(tokenizer_object=words("janus").backend_tokenizer, pad_token="<pad>", eos_token="<eos>")
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer("janus").backend_tokenizer, pad_token="<pad>", eos_token="<eos>"
+    )
     with pytest.raises(ValueError, match="no boi_token"):
         JanusUMM(small("janus").model, plain)
 

@@ -217,6 +217,21 @@ def _oracle(path: Path) -> Figure:
     return oracle_honesty(json.loads(path.read_text())["oracle"])
 
 
+def _drift(path: Path) -> Figure:
+    return drift(json.loads(path.read_text())["rows"])
+
+
+def drift(rows: Any) -> Figure:
+    """What survives the cycles, what bounds it, by category, and where latents go.
+
+    Args:
+        rows: as ``umm-kit drift --output`` writes them.
+    """
+    frame = pd.DataFrame(rows)
+    kinds = frame[frame.metric.str.startswith("survival of ")]
+    return plots.drift(frame, kinds.assign(category=kinds.metric.str.removeprefix("survival of ")))
+
+
 def _planted(path: Path) -> Figure:
     from umm_kit.experiments import Ledger, planted
 
@@ -242,6 +257,7 @@ FIGURES: dict[str, tuple[Path, Callable[[Path], Figure]]] = {
     "conflict_along": (Path("data/conflict_along.json"), _along),
     "mutual_information": (Path("data/mutual_information.json"), _calibration),
     "oracle": (Path("data/oracle.json"), _oracle),
+    "drift": (Path("data/drift.json"), _drift),
     "interference": (Path("../experiments/atlas.jsonl"), _atlas),
     "planted": (Path("../experiments/planted.jsonl"), _planted),
     "scores": (CHECKPOINTS / "tiny-masked/scores.json", _scores),

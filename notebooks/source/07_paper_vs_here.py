@@ -186,14 +186,12 @@ uk.expect(headline.sft_high["understanding"], high=0, n=2048, claim="DIVA's gain
 
 # %%
 measured = json.loads(Path("../figures/data/drift.json").read_text())
-rows = pd.DataFrame(measured["rows"])
-kinds = rows[rows.metric.str.startswith("survival of ")].assign(category=lambda f: f.metric.str.removeprefix("survival of "))
-plots.drift(rows, kinds)
+figures.drift(measured["rows"])
 
 # %%
 mean, half = measured["results"]["mean_survival"], measured["results"]["half_life"]
 print("half-life: " + (f"{half['value']:.1f} cycles" if half["value"] < measured["record"]["cycles"] else "longer than the run"))
-last = rows[rows.metric == "survival"].sort_values("cycle").iloc[-1]
+last = pd.DataFrame(measured["rows"]).query("metric == 'survival'").sort_values("cycle").iloc[-1]
 uk.expect(last.high, high=1, n=int(last.n), claim="after all cycles less survives than could (upper end of survival)")
 uk.expect(mean["value"], low=0, high=1, interval=tuple(mean["interval"]), n=int(last.n), claim="mean survival over the cycles")
 

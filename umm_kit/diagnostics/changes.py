@@ -7,8 +7,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from umm_kit.diagnostics.geometry import effective_rank
-
 
 def weight_changes(before: Any, after: Any) -> pd.DataFrame:
     """How far each matrix of each layer moved, and along how many directions.
@@ -55,7 +53,7 @@ def weight_changes(before: Any, after: Any) -> pd.DataFrame:
                     "shape": tuple(p.shape),
                     "relative": float(d.norm() / w.norm()) if moved else 0.0,
                     "rank": int((spread > 1e-4 * spread[0]).sum()) if moved else float("nan"),
-                    "effective_rank": effective_rank(d) if moved else float("nan"),
+                    "effective_rank": float(torch.special.entr(spread / spread.sum()).sum().exp()) if moved else float("nan"),
                     "cosine": float((w * v).sum() / (w.norm() * v.norm())),
                 }
             )

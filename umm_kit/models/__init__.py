@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,27 @@ def load(name: str | Path, device: str = "auto", dtype: str = "float32", downloa
     where = resolve_device(device)
     more = {"local_files_only": True, "use_safetensors": True} if kind in own else {"download": download}
     try:
-        model = families[kind].from_pretrained(place, **more)
+        with _quietly() if kind in own else nullcontext():
+            model = families[kind].from_pretrained(place, **more)
     except Exception as error:  # whatever a file may hold that is not what it should be
         raise ValueError(f"no {kind} model could be read from {str(name)!r}: {str(error).splitlines()[0]}") from error
     model = model.to(device=where, dtype=resolve_dtype(dtype, where)).eval()
     model.image_tokenizer.float()  # codes near a rounding edge must not depend on the precision of the backbone
     return model
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bar, which a model of megabytes does not need."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _with_adapter(folder: Path, device: str, dtype: str, download: bool) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from umm_kit.plots.pictures import TEXT_SIZE, as_array
 
@@ -168,8 +169,10 @@ def curves(panels: Sequence[Panel], columns: int = 3, size: tuple[float, float] 
     for ax in list(axes)[len(panels) :]:
         figure.delaxes(ax)
     for ax, panel in zip(figure.axes, panels, strict=True):
+        whole = not panel.log
         for k, (name, given) in enumerate(panel.series.items()):
             x, *ys = (as_array(values).astype(float) for values in given)
+            whole = whole and bool((x == x.round()).all())
             if len(ys) not in (1, 3) or any(y.shape != x.shape or y.ndim != 1 for y in ys):
                 shapes = [x.shape, *(y.shape for y in ys)]
                 raise ValueError(f"{name!r} of {panel.title!r} has the shapes {shapes}; expected x, y or x, y, low, high")
@@ -186,6 +189,8 @@ def curves(panels: Sequence[Panel], columns: int = 3, size: tuple[float, float] 
         wide = 1 + (len(panel.series) > 5)  # columns of the legend
         ax.set_ylim(bottom, top + 0.09 * math.ceil(len(panel.series) / wide) * (top - bottom))  # the legend's place
         ax.set_yticks([tick for tick in ax.get_yticks() if bottom <= tick <= top])  # where no value lies, no number
+        if whole:  # layers, cycles and steps have no halves
+            ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         ax.legend(fontsize=TEXT_SIZE - 1, loc="upper left", borderaxespad=0.1, ncols=wide)
     return figure
 
