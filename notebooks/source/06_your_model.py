@@ -80,6 +80,9 @@ class Theirs(nn.Module):
         return self.body(x + self.places.weight[: x.shape[1]], mask=later)
 
 
+# %% [markdown]
+# Whoever brings a model knows how its text becomes numbers, and its pictures become patches:
+
 # %%
 def letters(texts):
     rows = [torch.tensor([ord(c) for c in text] + [0]) for text in texts]
@@ -89,6 +92,10 @@ def letters(texts):
 def patches(images):  # 16 patches of 8 x 8 pixels
     return nn.functional.unfold(images, 8, stride=8).mT
 
+
+# %% [markdown]
+# Now the two methods. Each runs the model once and returns a `Pass`: scores, what they should have been, and where the image
+# tokens stood in the sequence that the blocks saw.
 
 # %%
 class Mine(uk.HookedUMM):
@@ -103,6 +110,9 @@ class Mine(uk.HookedUMM):
         x = m(torch.cat([told, m.patches(seen.masked_fill(mask[..., None], 0.5))], 1))
         return uk.Pass(m.to_patches(x[:, -16:]), seen, torch.arange(told.shape[1], x.shape[1]))
 
+
+# %% [markdown]
+# And a version with a mistake that is easily made and shows in no shape: nothing is hidden.
 
 # %%
 from umm_kit.models.contract import RULES
@@ -166,6 +176,9 @@ print({name: report.missing for name, report in reports.items() if report.missin
 model = uk.load(MODEL, device=DEVICE) if MODEL else random_model("janus", SEED)
 print(sizes(model, MODEL or "a random Janus"))
 
+# %% [markdown]
+# What does each trained parameter cost beside itself?
+
 # %%
 found = sizes(model)
 table = found.memory()
@@ -199,6 +212,9 @@ uk.expect(found.trained("lora"), high=found.trained("all") // 2, claim="LoRA tra
 panels = ["residual", "rank", "spectrum", "similarity"]
 of_noise = uk.diagnose(model, data, panels, [0.4], seed=SEED, progress=False)
 of_noise.plot(published=False)
+
+# %% [markdown]
+# The same pictures through the shipped model, which has learned from 450,000 others:
 
 # %%
 trained = uk.load("tiny-masked", device=DEVICE)
@@ -249,6 +265,9 @@ trainer = uk.DIVATrainer(model, config, uk.Shapes("train", n=256, seed=SEED))
 trainer.train()
 print(f"trained: adapters in layers {trainer.layers} of {model.num_layers}")
 
+# %% [markdown]
+# How far did each matrix of each layer move, measured by its own size, and along how many directions?
+
 # %%
 changes = uk.weight_changes(before, model)
 kinds = changes.name.str.extract(r"(\w+)\.weight")[0]
@@ -294,6 +313,9 @@ for k in range(n // 2):
     Image.fromarray(pixels).resize((100, 100)).save(place / f"{k:03d}.png")
     rows.append({"file_name": f"{k:03d}.png", "text": scans[k]["texts"]})
 pd.DataFrame(rows).to_csv(place / "metadata.csv", index=False)
+
+# %% [markdown]
+# The shipped reader of digits on them; left of the bar stands the text of the folder, right of it what the model says.
 
 # %%
 reader = uk.load("digits-masked", device=DEVICE)
