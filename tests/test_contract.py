@@ -217,6 +217,21 @@ def all_tokens_are_supervised(model):
     model.generation_flow = broken
 
 
+def what_is_shown_is_supervised(model):
+    whole = model.generation_flow
+
+    def broken(batch, *args, mask=None, **kwargs):
+        return dataclasses.replace(whole(batch, *args, mask=None if mask is None else ~mask, **kwargs), mask=mask)
+
+    model.generation_flow = broken
+
+
+def pictures_are_not_read(model):
+    whole = model.image_tokenizer.encode
+    flow_of(model, FLOWS[1], lambda out, _: {"hidden_states": {k: h * 0 + 1 for k, h in out.hidden_states.items()}})
+    model.image_tokenizer.encode = whole
+
+
 def a_block_gets_no_gradient(model):
     block, forward = model.blocks[1], model.blocks[1].forward
     del block
@@ -245,6 +260,8 @@ BREAKAGES = {
     columns_first: ("raster_order", "must be in raster order"),
     a_loss_is_doubled: ("losses", "its logits and labels give"),
     all_tokens_are_supervised: ("losses", "expected the hidden ones"),
+    what_is_shown_is_supervised: ("losses", "but others"),
+    pictures_are_not_read: ("raster_order", "is it read at all"),
     a_block_gets_no_gradient: ("gradients", "no gradient in block 1"),
     masks_of_its_own: ("repeatable", "two masks"),
     noise_of_its_own: ("same_seed", "two drawings"),
@@ -258,7 +275,11 @@ def test_each_broken_rule_is_found_and_named(batch, breakage):
     breakage(model)
     report = check_model(model, batch)
     assert re.search(said, report.missing[rule]), report
-    others = {"caption_is_not_read": set(), "all_tokens_are_supervised": {"hidden_unseen", "raster_order", "shown_kept"}}
+    others = {
+        "all_tokens_are_supervised": {"hidden_unseen", "raster_order", "shown_kept"},
+        "what_is_shown_is_supervised": {"hidden_unseen", "raster_order"},
+        "pictures_are_not_read": {"caption_read"},
+    }
     assert set(report.missing) - {rule} <= others.get(breakage.__name__, set()), report
     tier = "diagnosable" if rule in RULES else "drivable"
     assert tier not in report.tier and f"fails      {rule}: ValueError: " in str(report)

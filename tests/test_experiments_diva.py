@@ -69,12 +69,13 @@ def verdicts(**gains):
 
 def test_what_the_paper_found_is_reproduced_reversed_or_undecided():
     kept = verdicts(base=0, sft_all=0.01, no_unique=0.02, no_stop_gradient=0.03, diva=0.04)
-    assert len(kept) == 18
-    divided = [("generation", "base", "sft")]  # GenEval .69 -> .67, DPG-Bench 69.81 -> 70.75
-    assert kept.verdict[divided].tolist() == ["the paper is divided"]
+    assert len(kept) == 24 and kept.source["understanding", "reca", "diva"] == "Table 6"
+    # GenEval .69 -> .67, DPG-Bench 69.81 -> 70.75; POPE 79.2 and 79.1, MMMU the other way; GenEval .75 and .75
+    divided = [("generation", "base", "sft"), ("understanding", "transformer", "diva"), ("generation", "unique_0.8", "diva")]
+    assert set(kept.index[kept.verdict == "the paper is divided"]) == set(divided)
     there = kept[kept.index.get_level_values("lower").isin(["base", "sft", "no_unique", "no_stop_gradient"])]
-    assert set(there.drop(index=divided).verdict) == {"reproduced"}
-    assert set(kept.drop(index=there.index).verdict) == {"not run"}
+    assert set(there.drop(index=divided[:1]).verdict) == {"reproduced"}
+    assert set(kept.drop(index=there.index).verdict) == {"not run", "the paper is divided"}
     assert kept.published["understanding", "transformer", "diva"] == "MMMU +0.3, POPE -0.1"
     assert kept.published["understanding", "sft", "diva"] == "MMMU +5.6, POPE +4.6"
     assert kept.here["understanding", "sft", "diva"] == pytest.approx(0.03, abs=0.002)

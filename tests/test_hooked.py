@@ -174,6 +174,12 @@ class TooFew(Mine):
         return Pass(out.scores, out.targets, out.places[:-1])
 
 
+class Shifted(Mine):
+    def read(self, batch):
+        out = super().read(batch)
+        return Pass(out.scores[:, 1:], out.targets, out.places)
+
+
 class TooFar(Mine):
     def read(self, batch):
         out = super().read(batch)
@@ -185,7 +191,14 @@ class Silent(HookedUMM):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [(Skips, r"layers \[3\] did not run"), (TooFew, "15 places"), (TooFar, "positions"), (Silent, "write read")]
+    ("kind", "said"),
+    [
+        (Skips, r"layers \[3\] did not run"),
+        (TooFew, "15 places"),
+        (TooFar, "positions"),
+        (Shifted, "scores\\[:, t\\]"),
+        (Silent, "write read"),
+    ],
 )
 def test_what_it_gives_is_checked(batch, kind, said):
     model = mine(kind)

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import umm_kit as uk
+from umm_kit import cli
 from umm_kit.models.base import Decoding
 from umm_kit.models.causal import SLOT
 from umm_kit.models.pretrained import Emu3UMM, JanusUMM, LiquidUMM
-from umm_kit.models.samples import word_tokenizer
+from umm_kit.models.samples import random_model, word_tokenizer
 from umm_kit.trainers.diva import DIVAConfig, DIVATrainer, train
 from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer
 
@@ -275,6 +276,17 @@ def test_adapters_train_a_base_of_16_bits(tmp_path):
     assert moved and all(".layers.1." in name for name in moved)
     with safe_open(tmp_path / "run/adapter/adapter_model.safetensors", "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}
+    for dtype in ("float32", "bfloat16"):  # put onto its base again, whatever precision is asked for
+        again = uk.load(tmp_path / "run/adapter", device="cpu", dtype=dtype)
+        for name, p in again.body.state_dict().items():
+            assert p.dtype == getattr(torch, dtype) and torch.allclose(
+                p.float(), trained.body.state_dict()[name].float(), atol=1e-2
+            )
+    with torch.no_grad():
+        base.embedding.weight[0] += 1
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="trained on other weights"):
+        uk.load(tmp_path / "run/adapter", device="cpu")
     with pytest.raises(ValueError, match="set lora_rank"):
         DIVAConfig(output_dir=str(tmp_path), load_dtype="bfloat16")
 
@@ -306,6 +318,25 @@ def test_it_is_diagnosed_like_any_model(model):
 def test_another_class_is_refused(model):
     with pytest.raises(ValueError, match=r"takes a \w+; a Linear came"):
         type(model)(nn.Linear(1, 1), model.words)
+
+
+def test_check_asks_for_pictures_of_the_models_size(tmp_path, capsys):
+    sample = random_model("emu3")
+    Emu3UMM(sample.model, sample.words, {"image_size": 64}).save_pretrained(tmp_path)
+    assert uk.load(tmp_path, device="cpu").image_size == 64
+    assert cli.main(["check", str(tmp_path)]) == 0 and "diagnosable, drivable" in capsys.readouterr().out
+
+
+def test_sixteen_bits_leave_the_image_tokenizer_as_it_is(tmp_path):
+    """Codes near an edge must not depend on the precision of the backbone."""
+    small("janus").save_pretrained(tmp_path)
+    for name in (tmp_path, "tiny-tight-0"):
+        whole, half = (uk.load(name, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
+        images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        assert half.embedding.weight.dtype == torch.bfloat16
+        assert torch.equal(whole.image_tokenizer.encode(images), half.image_tokenizer.encode(images))
+        vq = [getattr(m.image_tokenizer, "vq", m.image_tokenizer).state_dict() for m in (whole, half)]
+        assert all(torch.equal(value, vq[1][key]) for key, value in vq[0].items())
 
 
 def test_a_tokenizer_without_places_for_images_is_refused():

@@ -45,7 +45,7 @@ def test_lora_is_as_large_as_its_matrices():
 
 def test_memory_by_hand():
     table = TOY.memory(pairs=2, tokens=5)
-    row = table.loc["all layers"] * GIB
+    row = table.loc["all shared layers"] * GIB
     assert (row["weights"], row["gradients"], row["optimizer"], row["averages"]) == (4000, 1200, 2400, 1200)
     assert row["activations"] == 34 * 8 * 2 * 2 * 5 * 3 and row["sum"] == row[list(table.columns[1:-1])].sum()
     assert (table.loc["read only"] * GIB)[["weights", "gradients"]].tolist() == [2000, 0]
@@ -77,6 +77,6 @@ def test_the_page_on_clusters_says_what_info_says(tmp_path):
     JanusConfig(text_config=words, vision_config=seen, vq_config=drawn).save_pretrained(tmp_path)
     found, page = sizes(tmp_path), (ROOT / "CLUSTER.md").read_text()
     assert f"{found.parameters / 1e9:.2f} billion" in page
-    rows = re.findall(r"^\| (read only|LoRA.*?|the middle layers|all layers)\b.*\| (\d+) \|$", page, re.M)
+    rows = re.findall(r"^\| (read only|LoRA.*?|the middle layers|all shared layers)\b.*\| (\d+) \|$", page, re.M)
     assert [int(total) for _, total in rows] == found.memory()["sum"].round().astype(int).tolist()
     assert f"{found.operations() / 1e14:.1f} · 10¹⁴" in page

@@ -45,7 +45,7 @@ def test_a_verdict_follows_its_record(clone, frame):
     for record in records.values():
         if record["arm"] == "diva":
             record["items"]["understanding"] = [value + 0.1 for value in record["items"]["understanding"]]
-    after = pd.DataFrame([vars(v) for v in verdicts._arms(records)])
+    after = pd.DataFrame([vars(v) for v in verdicts.arms(records)])
     gain, drawing = "DIVA improves understanding", "DIVA improves generation"
     assert of(after, gain).verdict == "reproduced" != of(frame, gain).verdict
     assert of(after, "diva beats base in understanding").verdict == "reproduced"
@@ -53,14 +53,28 @@ def test_a_verdict_follows_its_record(clone, frame):
 
 
 def test_a_drift_that_stops_at_the_ceiling_is_none(clone, frame, tmp_path):
-    claim = "meaning drifts at modality transitions, further with each cycle"
+    claim = "meaning is lost at modality transitions, and more of it after many cycles than after one"
     assert of(frame, claim).verdict == "reproduced"
     content = json.loads((clone / "figures/data/drift.json").read_text())
     for row in content["rows"]:
         if row["metric"] == "survival":
             row |= {"value": 1.0, "low": 0.98, "high": 1.02}
     (tmp_path / "still.json").write_text(json.dumps(content))
-    assert next(verdicts._drift(tmp_path / "still.json")).verdict == "undecided"
+    assert next(verdicts.meaning(tmp_path / "still.json")).verdict == "undecided"
+
+
+@pytest.mark.parametrize("lines", [0, 1, 4])
+def test_an_experiment_that_has_just_begun_is_not_run(clone, tmp_path, lines):
+    """Whatever was finished first, no line is missing, and none says more than its records."""
+    shutil.copytree(clone, tmp_path / "begun")
+    for file in (tmp_path / "begun/experiments").glob("*.jsonl"):
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:lines]))
+    for name in ("frontier", "latentumm"):
+        (tmp_path / f"begun/experiments/{name}.jsonl").write_text("")
+    begun = verdicts.collect(tmp_path / "begun")
+    assert of(begun, "DIVA improves understanding and generation").verdict == "not run"
+    assert of(begun, "one backbone for both tasks costs both of them").verdict in ("not run", "undecided")
+    assert of(begun, "LatentUMM keeps meaning over the cycles").verdict == "not run"
 
 
 def test_a_folder_without_records_is_refused(tmp_path):

@@ -84,6 +84,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     split = ("--split", {"default": "test", "help": "of the data (default: %(default)s)"})
     seed = ("--seed", {"type": int, "default": 1, "help": "of data and decoding (default: %(default)s)"})
     texture = ("--texture", {"choices": ("none", "mid", "high"), "default": "mid", "help": "of scenes (default: %(default)s)"})
+    dtype = ("--dtype", {"default": "float32", "help": "of the weights; bfloat16 halves them (default: %(default)s)"})
     record = ("--output", {"type": Path, "metavar": "FILE.json", "help": "also write all of it, with the record of the run"})
     folder = ("--notebooks", {"default": "notebooks", "metavar": "FOLDER", "help": "(default: %(default)s)"})
 
@@ -99,12 +100,12 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     commands["train"] = subparsers.add_parser("train", help="train a model", description="train a model or a tokenizer")
     commands["train"].add_argument("what", choices=sorted(TRAINERS), help="options of one: umm-kit train masked --help")
 
-    sub = command(evaluate, model, split, seed, texture, record)
+    sub = command(evaluate, model, dtype, split, seed, texture, record)
     sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
     sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--prompts", type=int, default=64, help="drawn per category (default: %(default)s)")
 
-    sub = command(diagnose, model, split, seed, texture, record)
+    sub = command(diagnose, model, dtype, split, seed, texture, record)
     sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
     sub.add_argument("--n", type=int, help="anchors (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--panels", nargs="+", metavar="PANEL", help="some of gradients residual rank spectrum similarity")
@@ -112,7 +113,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw DIVA's Figure 2 of this model")
     sub.add_argument("--along", action="store_true", help="only gradient conflict, at each checkpoint that is kept in MODEL")
 
-    sub = command(extract, model, split, seed, texture)
+    sub = command(extract, model, dtype, split, seed, texture)
     sub.add_argument("folder", type=Path, help="for the shards; a stopped run goes on in it")
     sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
     items = "as --n elsewhere, which torchrun would take for an option of its own (default: 512 scenes of shapes, or all)"
@@ -121,7 +122,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--tokens", action="store_true", help="keep the state of every image token, not their mean")
     sub.add_argument("--batch-size", type=int, default=64, help="examples per shard (default: %(default)s)")
 
-    sub = command(drift, model, split, seed, texture, record)
+    sub = command(drift, model, dtype, split, seed, texture, record)
     sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
     sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--cycles", type=int, default=8, help="of text to image to text (default: %(default)s)")
@@ -227,7 +228,7 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
     if args.data != "shapes" and args.texture != "mid":
         raise ValueError(f"--texture is of scenes, but --data is {args.data!r}; leave it out")
     more = {"nuisance": uk.Nuisance(texture=args.texture)} if args.data == "shapes" else {}
-    model, n = uk.load(args.model), args.n or (512 if args.data == "shapes" else None)
+    model, n = uk.load(args.model, dtype=args.dtype), args.n or (512 if args.data == "shapes" else None)
     return model, open_data(args.data, args.split, n=n, seed=args.seed, image_size=model.image_size, **more)
 
 
@@ -344,8 +345,9 @@ def check(args: argparse.Namespace) -> int:
     """say what a model meets of the contract, and what is missing; fails if it is not even diagnosable"""
     import umm_kit as uk
 
-    data = uk.Shapes("test", n=2, seed=0)
-    report = uk.check_model(uk.load(args.model), uk.collate([data[i] for i in range(len(data))]))
+    model = uk.load(args.model)
+    data = uk.Shapes("test", n=2, seed=0, image_size=model.image_size)
+    report = uk.check_model(model, uk.collate([data[i] for i in range(len(data))]))
     print(report)
     return 0 if "diagnosable" in report.tier else 1
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import umm_kit as uk
 from umm_kit.models.samples import random_model
+from umm_kit.trainers.stages import adapters
 
 steps = {"full": 30, "tiny": 4}[os.environ.get("UMM_KIT_PRESET", "full")]
 data = uk.Shapes("test", n=8)
@@ -54,7 +55,10 @@ uk.expect("caption_unseen" in report.missing, True, claim="the rule that finds i
 
 # %%
 d = 64
-uk.expect(2 * (d // 2) * d, d * d, claim="parameters of an adapter of rank d / 2, against those of the map")
+map_ = nn.Sequential(nn.Linear(d, d, bias=False))
+with adapters(map_, list(map_.parameters()), rank=d // 2):
+    counted = sum(p.numel() for name, p in map_.named_parameters() if ".lora_" in name)
+uk.expect(counted, d * d, claim="parameters of an adapter of rank d / 2, against those of the map")
 
 # %% [markdown]
 # **3.** Of full rank, after however few steps: AdamW divides every entry of the gradient by its own size, so that even a
@@ -71,5 +75,5 @@ uk.DIVATrainer(model, config, uk.Shapes("train", n=256)).train()
 changes = uk.weight_changes(before, model).dropna()
 squares = changes[changes.name.str.contains("q_proj")]
 print(squares[["layer", "rank", "effective_rank"]])
-uk.expect(int(squares["rank"].min()), low=33, claim="rank of a change of 64 x 64 by full training")
-uk.expect(bool((squares.effective_rank < squares["rank"]).all()), True, claim="the effective rank is lower")
+uk.expect(int(squares["rank"].min()), 64, claim="rank of a change of 64 x 64 by full training")
+uk.expect(float((squares.effective_rank / 64).max()), high=0.9, claim="effective rank, as a share of it")

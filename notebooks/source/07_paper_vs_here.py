@@ -11,7 +11,8 @@
 #
 # **Claim.** [DIVA](https://arxiv.org/abs/2605.25328) (Sec. 1 to 4) diagnoses a conflict between understanding and generation
 # and trains it away; [LatentUMM](https://arxiv.org/abs/2605.17766) (abstract) stops meaning from drifting between modalities.
-# This notebook puts every table, figure and claim beside what this kit measured at its own scale, with one verdict each.
+# This notebook puts the tables and figures of the one, and the abstract of the other (all that we read of it), beside what
+# this kit measured at its own scale, with a verdict for each line.
 #
 # **Run time.** About a minute on two CPU cores. Nothing is trained: numbers come from the records of long experiments, and
 # each line names the command that makes its record anew.
@@ -164,7 +165,12 @@ display(plots.forest({"here": here, "Show-o, as published": theirs}, "prompts me
 display(diva.against_paper(records).style.hide(axis="index").format(precision=4, na_rep="-"))
 uk.expect(int((parts.verdict == "reproduced").sum()), 0, claim="categories of prompts in which DIVA beats its base")
 headline = comparison.verdict(effects, "diva").set_index("metric")
-uk.expect(headline.sft_high["understanding"], high=0, n=2048, claim="DIVA's gain in understanding lies below 0, whole interval")
+uk.expect(
+    headline.sft_high["understanding"],
+    high=0,
+    n=int(headline.n["understanding"]),
+    claim="DIVA's gain in understanding lies below 0, whole interval",
+)
 
 # %% [markdown]
 # **What you should see.** At this scale DIVA does not help: understanding gets a little worse, whether drawing changes is
@@ -193,7 +199,6 @@ mean, half = measured["results"]["mean_survival"], measured["results"]["half_lif
 print("half-life: " + (f"{half['value']:.1f} cycles" if half["value"] < measured["record"]["cycles"] else "longer than the run"))
 last = pd.DataFrame(measured["rows"]).query("metric == 'survival'").sort_values("cycle").iloc[-1]
 uk.expect(last.high, high=1, n=int(last.n), claim="after all cycles less survives than could (upper end of survival)")
-uk.expect(mean["value"], low=0, high=1, interval=tuple(mean["interval"]), n=int(last.n), claim="mean survival over the cycles")
 
 # %% [markdown]
 # **What you should see.** The premise holds: survival falls below 1 in the first cycle and goes on falling. But not as a law
@@ -217,11 +222,12 @@ uk.expect(mean["value"], low=0, high=1, interval=tuple(mean["interval"]), n=int(
 # %%
 differ = published.disagreements()
 display(differ.style.hide(axis="index"))
-uk.expect(len(differ), low=15, claim="places where DIVA's text, tables and release disagree")
+print(f"{len(differ)} places where DIVA's text, tables and release disagree")
 
 # %% [markdown]
-# In the kit each disagreement about the method is a setting, and `variant` sets them all: *paper* as printed, *released* as
-# the authors' code has it, *corrected* where a printed formula cannot do what it is for.
+# In the kit most disagreements about the method are settings, and `variant` sets them together: *paper* as printed,
+# *released* as the authors' code has it, and *corrected*, which is ours, where a printed formula cannot do what it is for.
+# Two are no settings: in every variant pooling is over image tokens, and encoders end with a LayerNorm.
 
 # %%
 from umm_kit.trainers.variants import VARIANTS
@@ -231,7 +237,7 @@ display(chosen[chosen.nunique(axis=1) > 1])
 
 # %% [markdown]
 # **What you should see.** Two thirds of the list are choices of the method, and any of them could matter: whether encoders
-# are frozen, whether the penalty stands between flows or within one, what stage 1 trains against. One paper is at least three
+# are frozen, whether the penalty stands between flows or within one, what stage 1 trains against. Paper and release are two
 # methods.
 #
 # **If you see something else.** A later version of the paper or of its release may have settled some: the commits that were
@@ -242,7 +248,7 @@ display(chosen[chosen.nunique(axis=1) > 1])
 # %% [markdown]
 # ## 6. Where does every line stand?
 #
-# The whole ledger. Nothing is left out because it failed or because it was not tried.
+# The whole ledger. Nothing that was transcribed is left out because it failed or because it was not tried.
 #
 # **Write down what you expect.** Of all lines, what share was reproduced? What share could nobody decide on a laptop?
 
@@ -254,8 +260,10 @@ display(lines.drop(columns="command").style.apply(paint, axis=1).hide(axis="inde
 # %%
 counts = lines.verdict.value_counts().reindex(verdicts.VERDICTS, fill_value=0)
 print(counts.to_string())
-uk.expect(int(counts.sum()), low=30, claim="tables, figures and claims with a verdict")
-uk.expect(bool((lines.command.str.len() > 0).all()), True, claim="each names the command that would do it")
+said = lines.set_index("claim").verdict
+premise, headlines = said["one backbone for both tasks costs both of them"], said[said.index.str.startswith("DIVA improves")]
+uk.expect(premise, "reproduced", claim="there is a setting in which both tasks pay")
+uk.expect(int((headlines == "reproduced").sum()), 0, claim="headlines of DIVA that hold here")
 
 # %% [markdown]
 # **What you should see.** Few lines are green, and none of the green ones is a gain by training: what was reproduced is the
@@ -270,8 +278,8 @@ uk.expect(bool((lines.command.str.len() > 0).all()), True, claim="each names the
 # %% [markdown]
 # ## What held, what did not, and what cannot be said
 #
-# **Held, if its ✓ stands above:** the headline for understanding follows from Table 1; meaning drifts; both tasks pay for
-# sharing a narrow model.
+# **Held, if its ✓ stands above:** meaning drifts; both tasks pay for sharing a narrow model; the headline for understanding
+# comes near a mean of Table 1.
 #
 # **Did not hold, or only in part:** the peaks of Figure 2; DIVA's gain in understanding, which is a small loss here; encoders
 # that meet every limit where the truth is known.

@@ -156,13 +156,14 @@ def _place(record: Mapping[str, Any]) -> tuple:
 
 def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     """Of each cell: does each task hurt the other? By the rule fixed before the runs: *yes* if the interval of the loss
-    interference lies above 0 in every seed, *no* if below 0 in every seed, else *undecided*."""
+    interference lies above 0 in every seed, *no* if below 0 in every seed, else *undecided*, as it is without two seeds."""
     rows = []
     for cell, group in frame.groupby(CELL):
         row: dict[str, Any] = dict(zip(CELL, cell, strict=True))
         for task, (metric, *_) in METRICS.items():
             mine = group[group.metric == metric]
-            row[task] = "yes" if (mine.low > 0).all() else "no" if (mine.high < 0).all() else "undecided"
+            said = "yes" if (mine.low > 0).all() else "no" if (mine.high < 0).all() else "undecided"
+            row[task] = said if mine.seed.nunique() > 1 else "undecided"
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -21,7 +21,7 @@ def load(name: str | Path, device: str = "auto", dtype: str = "float32", downloa
         ValueError: no such name or folder, a family that is not known, weights in another format.
     """
     from umm_kit.models.autoregressive import AutoregressiveUMM
-    from umm_kit.models.base import resolve_device, resolve_dtype
+    from umm_kit.models.base import cast, resolve_device, resolve_dtype
     from umm_kit.models.flowmatching import FlowUMM
     from umm_kit.models.masked import MaskedUMM
     from umm_kit.models.pretrained import PRETRAINED
@@ -49,9 +49,7 @@ def load(name: str | Path, device: str = "auto", dtype: str = "float32", downloa
             model = families[kind].from_pretrained(place, **more)
     except Exception as error:  # whatever a file may hold that is not what it should be
         raise ValueError(f"no {kind} model could be read from {str(name)!r}: {str(error).splitlines()[0]}") from error
-    model = model.to(device=where, dtype=resolve_dtype(dtype, where)).eval()
-    model.image_tokenizer.float()  # codes near a rounding edge must not depend on the precision of the backbone
-    return model
+    return cast(model.to(where), resolve_dtype(dtype, where)).eval()
 
 
 @contextmanager
@@ -73,18 +71,19 @@ def _with_adapter(folder: Path, device: str, dtype: str, download: bool) -> Any:
     from peft import PeftModel
     from safetensors import safe_open
 
-    from umm_kit.models.base import checksum
+    from umm_kit.models.base import cast, checksum, resolve_dtype
 
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"the adapter in {folder} names no base model; put its name into adapter_config.json")
-    model = load(base, device, dtype, download)
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        wanted = (file.metadata() or {}).get("base_checksum")
-    if wanted is not None and dtype == "float32" and str(checksum(model)) != wanted:
+        about = file.metadata() or {}
+    model = load(base, device, about.get("base_dtype", "float32"), download)  # as it was when the adapter was trained
+    if "base_checksum" in about and str(checksum(model)) != about["base_checksum"]:
         raise ValueError(
             f"the adapter in {folder} was trained on other weights than those of {base!r}; name the right base model"
         )
+    model = cast(model, resolve_dtype(dtype, next(model.parameters()).device))
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
 
 

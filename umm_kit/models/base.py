@@ -420,6 +420,17 @@ def checksum(model: Any) -> int:
     return check
 
 
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model in another precision, but for its image tokenizer, which is in float32 whatever the backbone is: codes near an
+    edge must not depend on it."""
+    tokenizer = getattr(model.image_tokenizer, "vq", model.image_tokenizer)
+    kept = {id(t) for t in (*tokenizer.parameters(), *tokenizer.buffers())}
+    for t in (*model.parameters(), *model.buffers()):
+        if t.is_floating_point():
+            t.data = t.data.to(torch.float32 if id(t) in kept else dtype)
+    return model
+
+
 def check_loaded(info: Mapping[str, Any], name: Any) -> None:
     """Refuse weights that are not those of the model: transformers would draw anew what is missing, and only warn.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from umm_kit.models.base import FlowOutput, check_images, token_losses
+from umm_kit.models.base import FlowOutput, check_images, example_losses, token_losses
 
 PARTS = ("embedding", "num_layers", "hidden_size", "grid", "layer_parameters", "understanding_flow", "generation_flow")
 RULES = ("caption_unseen", "caption_read", "hidden_unseen", "raster_order", "losses", "gradients", "repeatable")
@@ -70,21 +70,21 @@ def check_model(model: Any, batch: Mapping[str, Any]) -> CheckReport:
     if len(set(texts)) < 2:
         raise ValueError(f"{len(texts)} examples with {len(set(texts))} different texts; expected two of each at least")
     report, trial = CheckReport(type(model).__name__), _Trial(model, batch)
-    training = isinstance(model, nn.Module) and model.training
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     for name in dict.fromkeys(name for needs in TIERS.values() for name in needs):
         try:
-            if training:
+            if modes:
                 model.eval()
             with torch.set_grad_enabled(name == "gradients"):
                 getattr(trial, name)() if hasattr(trial, name) else getattr(model, name)
             report.met.append(name)
         except NotAsked as why:
             report.not_asked[name] = str(why)
-        except (NotImplementedError, AttributeError, ValueError, RuntimeError, TypeError) as error:
+        except (NotImplementedError, AttributeError, ValueError, RuntimeError, TypeError, LookupError) as error:
             report.missing[name] = f"{type(error).__name__}: {error}"
         finally:
-            if training:
-                model.train()
+            for module, mode in modes:
+                module.training = mode
     return report
 
 
@@ -185,6 +185,8 @@ class _Trial:
             )
         hidden = mask.to(contents.device).view(*mask.shape, *[1] * (contents.ndim - 2))
         changed = torch.where(hidden, contents.roll(1, 0).roll(1, 1), contents)
+        if torch.equal(changed, contents):
+            raise NotAsked("all images of the batch have the same content")
         a, b = (self._generation(self._with(c)).hidden_states for c in (contents, changed))
         for layer in a:
             if (by := _moved(a[layer], b[layer])) > 1e-3:
@@ -199,30 +201,41 @@ class _Trial:
         places = [j for j in range(1, contents.shape[1], 2) if bool(differs[:, j].any())]  # shown by _mask
         if not places:
             raise NotAsked("all images of the batch have the same content")
-        changed = contents.clone()
-        changed[:, places[0]] = contents[:, places[0]].roll(1, 0)
-        a, b = (self._generation(self._with(c), layers=[0]).hidden_states[0] for c in (contents, changed))
-        moved = (a - b).abs().amax((0, 2)).nonzero()[:, 0].tolist()
-        if moved != places[:1]:
-            raise ValueError(
-                f"with another content at place {places[0]} the input states of places {moved} move; they must be in raster order"
-            )
+        a = self._generation(self._with(contents), layers=[0]).hidden_states[0]
+        for place in places[:2]:  # one may lie on the diagonal, where rows and columns are not told apart
+            changed = contents.clone()
+            changed[:, place] = contents[:, place].roll(1, 0)
+            b = self._generation(self._with(changed), layers=[0]).hidden_states[0]
+            moved = (a - b).abs().amax((0, 2)).nonzero()[:, 0].tolist()
+            if not moved:
+                raise ValueError(
+                    f"with another content at place {place}, which is shown, no input state moves; is it read at all?"
+                )
+            if moved != [place]:
+                raise ValueError(
+                    f"with another content at place {place} the input states of places {moved} move; they must be in raster order"
+                )
 
     def losses(self) -> None:
         for name, out in (("understanding", self.model.understanding_flow(self.batch)), ("generation", self._generation())):
-            if out.logits is None or out.labels is None:
-                if out.prediction is None or out.target is None:
-                    raise ValueError(f"{name} has neither logits and labels nor prediction and target")
-                continue
-            for what, ours, theirs in zip(
-                ("loss", "per_example_loss"), token_losses(out.logits, out.labels), (out.loss, out.per_example_loss), strict=True
-            ):
+            if out.logits is not None and out.labels is not None:
+                given, (loss, each) = "logits and labels", token_losses(out.logits, out.labels)
+            elif out.prediction is not None and out.target is not None and out.mask is not None:
+                given, each = "prediction and target", example_losses(out, out.prediction)
+                loss = (each * out.mask.sum(1)).sum() / out.mask.sum()
+            else:
+                raise ValueError(f"{name} has neither logits and labels nor prediction, target and mask")
+            for what, ours, theirs in (("loss", loss, out.loss), ("per_example_loss", each, out.per_example_loss)):
                 if not torch.allclose(ours.to(theirs), theirs, rtol=1e-3, atol=1e-4):
-                    raise ValueError(f"{what} of {name} is {theirs.tolist()}; its logits and labels give {ours.tolist()}")
+                    raise ValueError(f"{what} of {name} is {theirs.tolist()}; its {given} give {ours.tolist()}")
             if name == "generation" and out.mask is not None and not torch.equal(out.mask.cpu(), self._mask()):
                 raise ValueError("generation returns another mask than it was given")
-            if name == "generation" and not torch.equal((out.labels != -100).sum(1).cpu(), self._mask().sum(1)):
-                raise ValueError(f"generation supervises {(out.labels != -100).sum(1).tolist()} tokens; expected the hidden ones")
+            if name == "generation" and out.labels is not None:
+                supervised = (out.labels != -100).cpu()
+                if not torch.equal(supervised.sum(1), self._mask().sum(1)):
+                    raise ValueError(f"generation supervises {supervised.sum(1).tolist()} tokens; expected the hidden ones")
+                if supervised.shape == self._mask().shape and not torch.equal(supervised, self._mask()):
+                    raise ValueError("generation supervises as many tokens as are hidden, but others; expected the hidden ones")
 
     def gradients(self) -> None:
         groups = {name: [p for p in group if p.requires_grad] for name, group in self.model.layer_parameters().items()}

@@ -71,13 +71,14 @@ class HookedUMM(nn.Module):
         ...         return x
         >>> class Mine(HookedUMM):
         ...     def letters(self, batch):
-        ...         return torch.tensor([[ord(letter) for letter in text] for text in batch["texts"]])
+        ...         rows = [[ord(letter) for letter in text] for text in batch["texts"]]
+        ...         return torch.tensor(rows, device=batch["images"].device)
         ...
         ...     def read(self, batch):  # picture, then caption
         ...         m, letters = self.module, self.letters(batch)
         ...         pixels = m.pixels(batch["images"].flatten(2).mT)
         ...         x = m(torch.cat([pixels, m.words(letters[:, :-1])], 1))
-        ...         return Pass(m.to_words(x[:, 3:]), letters, torch.arange(4))  # the last pixel predicts the first letter
+        ...         return Pass(m.to_words(x[:, 3:]), letters, torch.arange(4))  # the last pixel predicts a letter
         ...
         ...     def draw(self, batch, mask):  # caption, then what is shown of the picture
         ...         m, pixels = self.module, batch["images"].flatten(2).mT
@@ -105,11 +106,14 @@ class HookedUMM(nn.Module):
         super().__init__()
         self.module, self.grid = module, grid
         inside = {id(part) for part in module.modules()}
-        if not len(blocks) or any(id(part) not in inside for part in (*blocks, embedding)):
+        if not len(blocks):
+            raise ValueError("0 blocks came; expected those that both flows go through, in order")
+        if any(id(part) not in inside for part in (*blocks, embedding)):
             raise ValueError(
-                f"of {len(blocks)} blocks and the embedding, some are not within the {type(module).__name__}; expected at least "
-                "one block, and all of them parts of the module"
+                f"of {len(blocks)} blocks and the embedding, some are not within the {type(module).__name__}; give parts of it"
             )
+        if hidden_size is None and not isinstance(getattr(embedding, "weight", None), Tensor):
+            raise ValueError(f"the embedding is a {type(embedding).__name__} without weight; give hidden_size=")
         self._parts = (embedding, *blocks)  # a tuple: they are registered in the module already
         self.hidden_size = hidden_size or int(embedding.get_parameter("weight").shape[1])
 
@@ -173,6 +177,11 @@ class HookedUMM(nn.Module):
             raise ValueError(f"{places.shape[1]} places of image tokens came for a grid of {grid[0]} x {grid[1]}")
         found = {layer: self._at(places, states[layer], layer) for layer in wanted}
         if not done.targets.is_floating_point():
+            if done.scores.ndim != 3 or done.scores.shape[:2] != done.targets.shape:
+                raise ValueError(
+                    f"scores are {tuple(done.scores.shape)} and targets {tuple(done.targets.shape)}; expected [B, T, V] and "
+                    "[B, T], where scores[:, t] say targets[:, t]"
+                )
             loss, each = token_losses(done.scores, done.targets)
             return FlowOutput(loss, each, found, grid, mask, logits=done.scores, labels=done.targets)
         if mask is None or done.scores.shape != done.targets.shape or done.scores.shape[1] != mask.shape[1]:

@@ -77,10 +77,10 @@ class PretrainedUMM(CausalUMM):
     def beginning(self) -> list[int]:
         return [] if self.words.bos_token_id is None else [self.words.bos_token_id]
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1] as the checkpoint takes them."""
+    def normalised(self, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Pixels in [0, 1] as the checkpoint takes them, by default in the precision of the backbone."""
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
-        return ((images - mean) / std).to(self.dtype)
+        return ((images - mean) / std).to(dtype or self.dtype)
 
     def pixels(self, values: Tensor) -> Tensor:
         """Back from the checkpoint's values to [0, 1]."""
@@ -131,8 +131,7 @@ class Codes:
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B N"]:
-        values = self.owner.normalised(images).to(next(self.vq.parameters()).dtype)
-        return self.owner.codes_of(values)
+        return self.owner.codes_of(self.owner.normalised(images, next(self.vq.parameters()).dtype))
 
     @torch.no_grad()
     def decode(self, codes: Int[Tensor, "B N"]) -> Float[Tensor, "B 3 H W"]:

@@ -23,7 +23,7 @@ TRAINED = {
     "none": "read only",
     "lora": "LoRA in the middle layers",
     "middle": "the middle layers (DIVA, stage 2)",
-    "all": "all layers",
+    "all": "all shared layers",
 }
 
 
@@ -32,8 +32,9 @@ class Sizes:
     """Parameters of a model, and of what is trained of it.
 
     Attributes:
-        parameters: of everything that is loaded; ``blocks``: of each shared layer, in order.
-        linear: (in, out) of every linear map in one layer, where LoRA goes.
+        parameters: of everything that is loaded (of Liquid without its image tokenizer, which has a folder of its own).
+        blocks: of each shared layer, in order.
+        linear: (in, out) of every matrix in one layer, where LoRA goes.
         hidden_size: width d. stored: bytes of a parameter in the checkpoint.
         name: as it was asked for.
     """

@@ -67,7 +67,7 @@ class PostTrainArguments(UMMArguments):
     lora_rank: int = field(default=0, metadata={"help": "Above 0, of adapters that are trained instead of full weights."})
     load_dtype: str = field(
         default="float32",
-        metadata={"help": "Of the weights as they are loaded: 'bfloat16' halves them, for adapters on large models."},
+        metadata={"help": "Of weights that `umm-kit train` loads: 'bfloat16' halves them, for adapters on large models."},
     )
 
     def __post_init__(self) -> None:

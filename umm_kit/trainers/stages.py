@@ -320,9 +320,9 @@ def adapters(
 ) -> Iterator[None]:
     """LoRA (Hu et al. 2022): W + B A of low rank in the place of each linear map W among the parameters, and only A, B trained.
 
-    peft puts them into the model, which keeps its shape; afterwards they are added to the weights and gone. B starts at zero. The
-    scale of B A is 1. In ``folder`` they are kept by themselves, as peft keeps them, with the checksum of the weights that they
-    belong to; ``umm_kit.load(folder)`` adds them to ``base``.
+    peft puts them into the model, which keeps its shape; afterwards they are added to the weights (and rounded, where these have
+    16 bits) and gone. B starts at zero. The scale of B A is 1. In ``folder`` they are kept by themselves, as peft keeps them,
+    with the checksum and precision of the weights that they belong to; ``umm_kit.load(folder)`` adds them to ``base``.
 
     Raises:
         ValueError: none of the parameters is the weight of a linear map.
@@ -335,7 +335,8 @@ def adapters(
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in wanted]
     if not names:
         raise ValueError("lora_rank is above 0, but the trained layers hold no torch.nn.Linear; train full weights instead")
-    before = checksum(model) if folder is not None else 0
+    before = {"base_checksum": str(checksum(model)) if folder is not None else ""}
+    before["base_dtype"] = str(next(p for p in model.parameters() if id(p) in wanted).dtype).removeprefix("torch.")
     with torch.random.fork_rng(devices=[]):  # the same start in a run that is resumed, and on all processes
         torch.manual_seed(seed)
         exactly = "|".join(re.escape(name) for name in names)  # peft takes a list for endings of names
@@ -350,7 +351,7 @@ def adapters(
             folder.mkdir(parents=True, exist_ok=True)
             trained = get_peft_model_state_dict(tuner, adapter_name="default", save_embedding_layers=False)
             trained = {f"base_model.model.{name.removeprefix('model.')}": p.contiguous().cpu() for name, p in trained.items()}
-            save_file(trained, folder / "adapter_model.safetensors", {"base_checksum": str(before)})
+            save_file(trained, folder / "adapter_model.safetensors", before)
             settings.save_pretrained(str(folder))
     finally:
         tuner.merge_and_unload()
