@@ -1,6 +1,7 @@
 """A notebook in a JupyterLab of its own, and a headless Chromium to read it with."""
 
 import contextlib
+import itertools
 import os
 import secrets
 import shutil
@@ -29,11 +30,14 @@ UNFINISHED = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')
 def lab(request, root, tmp_path):
     """The address of one notebook in a JupyterLab of its own, at the tiny preset, in a copy with style and records.
 
-    Ask for it by ``@pytest.mark.parametrize("lab", ["00_start_here"], indirect=True)``.
+    Ask for it by ``@pytest.mark.parametrize("lab", ["00_start_here"], indirect=True)``, or by "00_start_here:8" for a copy that
+    ends before section 8: what no widget needs, test_notebooks.py runs.
     """
-    name = request.param
+    name, _, end = request.param.partition(":")
     (tmp_path / "notebooks").mkdir()
     notebook = jupytext.read(root / f"notebooks/source/{name}.py")
+    if end:
+        notebook.cells = list(itertools.takewhile(lambda cell: f"## {end}. " not in cell.source, notebook.cells))
     nbformat.write(notebook, tmp_path / f"notebooks/{name}.ipynb")
     for folder in ("figures", "experiments"):
         shutil.copytree(root / folder, tmp_path / folder)
