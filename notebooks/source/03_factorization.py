@@ -180,8 +180,8 @@ uk.expect(alike["facts given"][-1], low=alike["facts given"][0] - 1e-3, claim="a
 # one scene share a scale, printed at each picture's upper left; only the two terms of the third scene have one each. Follow
 # Eq. 9 long enough and the overlap falls, too: once the vectors are as small as the noise that told them apart.
 #
-# **Published value.** None: the paper states the four terms (Sec. 3.2 and 3.3) and shows neither critic values, nor bounds, nor
-# lengths. What it prints on these points: a batch of 6 per GPU, a critic f\* called *optimal*, Eq. 9 without a scale.
+# **Published value.** None: the paper states the four terms (Sec. 3.2 and 3.3) and shows neither critic values, nor bounds,
+# nor lengths. What it prints on these points: a batch of 6 per GPU, a critic f\* called *optimal*, Eq. 9 without a scale.
 #
 # Now take the slider. (In a page without a kernel only the figures above are left.)
 
@@ -193,13 +193,14 @@ loss_microscope(scenes)
 # %% [markdown]
 # ## 3. How are the factors learned, and who pushes whom?
 #
-# *Stage 1* freezes the backbone. Each flow gets two encoders, for a shared and a unique factor, and the factors must earn their
-# place: as biases on the frozen model's logits, the shared ones *crosswise* (what generation shares must help understanding, and
-# the reverse), the unique ones on their own flow. *Stage 2* freezes the encoders and trains the middle of the backbone: shared
-# factors of one pair shall agree, unique ones shall tell nothing of each other, and both tasks go on.
+# *Stage 1* freezes the backbone. Each flow gets two encoders, for a shared and a unique factor, and the factors must earn
+# their place: as biases on the frozen model's logits, the shared ones *crosswise* (what generation shares must help
+# understanding, and the reverse), the unique ones on their own flow. *Stage 2* freezes the encoders and trains the middle of
+# the backbone: shared factors of one pair shall agree, unique ones shall tell nothing of each other, and both tasks go on.
 #
-# **Write down what you expect.** Stage 1 can lower the loss of understanding by telling it what the caption says, for the caption
-# is generation's *input*. By how many nats per token? And what will the gain be if every factor comes from *another* pair?
+# **Write down what you expect.** Stage 1 can lower the loss of understanding by telling it what the caption says, for the
+# caption is generation's *input*. By how many nats per token? And what will the gain be if every factor comes from *another*
+# pair?
 
 # %%
 common = {
@@ -270,11 +271,11 @@ for flow in ("understanding", "generation"):
 # %% [markdown]
 # ## 4. Does it help more than training on would?
 #
-# A method that trains on for a while must be compared with training on for that while. Here every arm starts from the same base
-# models (`tiny-tight-0`, -1, -2) with the same seeds. Plain fine-tuning gets as many steps as fit into DIVA's processor time,
-# both of its stages and its averaged copy included; each arm's learning rate was chosen from four on validation items; DIVA
-# counts **only if it beats the better fine-tuning**, on test items, with an interval over base models, seeds and items. All this
-# stood before the first run that is shown.
+# A method that trains on for a while must be compared with training on for that while. Here every arm starts from the same
+# base models (`tiny-tight-0`, -1, -2) with the same seeds. Plain fine-tuning gets as many steps as fit into DIVA's processor
+# time, both of its stages and its averaged copy included; each arm's learning rate was chosen from four on validation items;
+# DIVA counts **only if it beats the better fine-tuning**, on test items, with an interval over base models, seeds and items.
+# All this stood before the first run that is shown.
 #
 # **Write down what you expect.** The paper: fine-tuning gains half a point of MMMU, DIVA six; without the penalty on unique
 # factors, two. Order these four here: *base*, *fine-tuning*, *DIVA*, *DIVA without that penalty*.
@@ -290,30 +291,31 @@ figures.arms(effects[effects.metric.isin(comparison.HEADLINES) | effects.metric.
 # %%
 said = comparison.verdict(effects, "diva")
 display(said.style.hide(axis="index").format(precision=4))
-display(diva.against_paper(records).style.hide(axis="index").format(precision=4, na_rep="-"))
+paper = diva.against_paper(records).dropna(subset=["here"])  # the others were not run; notebook 07 has them all
+display(paper.style.hide(axis="index").format(precision=4, na_rep="-"))
 gain = said.set_index("metric").over_sft
 uk.expect(gain["understanding"], high=0, n=2048, claim="DIVA understands no better than fine-tuning for as long (share)")
 uk.expect(gain["understanding_loss"], high=0, n=2048, claim="nor is its loss lower (nats)")
 
 # %% [markdown]
 # **What you should see.** A row per arm that was compared, the zero line being the better fine-tuning; right of it is better,
-# of losses too. The base loses to training on in both losses and not in understanding. DIVA, at the lowest of its four rates,
-# which was its best on validation items, *raises* both losses and understands half a point less; whether it draws better or
-# worse, three base models with one training each cannot say: it gained on one and lost on the two others. At higher rates it
-# does more harm (below). Read the columns of the table: *over_sft*, its interval, and *detectable*, what the design could
-# have told from zero.
+# of losses too. The base loses to training on in the loss of drawing, and for certain in nothing else. DIVA, at the lowest of
+# its four rates, which was its best on validation items, *raises* both losses and understands half a point less; whether it
+# draws better or worse, three base models cannot say: it gains on one of them and loses on the two others, with every seed.
+# At higher rates it does more harm (below). Read the columns of the table: *over_sft*, its interval, and *detectable*, what
+# the design could have told from zero.
 #
-# **If you see something else.** Records are data: these figures are the same on every machine. `umm-kit reproduce diva` trains
-# and judges whatever has no record; delete a line to see its model trained anew.
+# **If you see something else.** Records are data: these figures are the same on every machine. `umm-kit reproduce diva`
+# trains and judges whatever has no record; delete a line to see its model trained anew.
 #
-# **Published value.** In the column of the second table (its Table 2, Show-o; its benchmarks are other tasks in other units, so
-# only signs can be compared). No spread is published.
+# **Published value.** In the column of the second table (its Table 2, Show-o; its benchmarks are other tasks in other units,
+# so only signs can be compared). No spread is published.
 
 # %% [markdown]
-# Why? The trials from which learning rates were chosen say by which term (`umm-kit reproduce diva-tuning`: validation items, one
-# seed each, all at one rate, so a hint and no verdict). DIVA as printed, with one term less, with a tenth of the penalty, with
-# encoders that were aligned in stage 1 already, and *corrected*. *Critic* is what a trained critic finds in common between the
-# unique factors, at the end of training.
+# Why? The trials from which learning rates were chosen say by which term (`umm-kit reproduce diva-tuning`: validation items,
+# one seed each, all at one rate, so a hint and no verdict). DIVA as printed, with one term less, with a tenth of the penalty,
+# with encoders that were aligned in stage 1 already, and *corrected*. *Critic* is what a trained critic finds in common
+# between the unique factors, at the end of training.
 
 # %%
 tried = Ledger(Path("../experiments/diva-tuning.jsonl")).records()
@@ -329,10 +331,10 @@ uk.expect(harm, low=0.1, n=diva.PRESETS["tiny"].n_tuning, claim="most of the har
 # %% [markdown]
 # ## 5. Is the split true?
 #
-# Now the factors are opened. For every factor of section 1: how many of the bits that a state holds are in its shared, and in its
-# unique half? A good split keeps at least .8 of a shared factor in the shared half and at most .2 in the unique one, and the
-# reverse for what only one flow could know. It must also beat splits that anyone can make: canonical correlations, principal
-# components, random maps.
+# Now the factors are opened. For every factor of section 1: how many of the bits that a state holds are in its shared, and in
+# its unique half? A good split keeps at least .8 of a shared factor in the shared half and at most .2 in the unique one, and
+# the reverse for what only one flow could know. It must also beat splits that anyone can make: canonical correlations,
+# principal components, random maps.
 #
 # **Write down what you expect.** The encoders were never told any factor. Which will be in the wrong half?
 
@@ -359,9 +361,9 @@ uk.expect(len(found.judged), low=1, claim="verdicts that the audit could reach",
 # **Published value.** None. The paper shows a t-SNE map of shared factors (Fig. 5), which cannot show what they leave out.
 
 # %% [markdown]
-# Is the method to blame, or what it was given? Plant the truth: two flows are nonlinear mixtures of factors that we chose, words
-# are drawn from them, and all terms of the method act on the encoders at once. Then break one part at a time. Each point below
-# is another mixing (records of `umm-kit reproduce planted`).
+# Is the method to blame, or what it was given? Plant the truth: two flows are nonlinear mixtures of factors that we chose,
+# words are drawn from them, and all terms of the method act on the encoders at once. Then break one part at a time. Each
+# point below is another mixing (records of `umm-kit reproduce planted`).
 
 # %%
 from umm_kit.experiments import Ledger, planted
@@ -376,18 +378,18 @@ uk.expect(int((told.verdict == "told apart").sum()), low=4, claim="breakages tol
 uk.expect(int(judged.set_index("arm").told[planted.CONTROL]), 0, claim="mixings in which another start is taken for a breakage")
 
 # %% [markdown]
-# Left of the dashed line is what leaks at most, right of it what must be found. The whole method finds both; without its penalty
-# on unique factors, or with the shared bias taken from a flow's own factor, it leaks where one would say it must. *Stage 1 as
-# printed*, which has neither alignment nor that penalty, leaks as much: the paper warms its encoders up by that, and then
-# freezes them. In the table above, that is the method that was audited.
+# Left of the dashed line is what leaks at most, right of it what must be found. The whole method finds both; without its
+# penalty on unique factors, or with the shared bias taken from a flow's own factor, it leaks where one would say it must.
+# *Stage 1 as printed*, which has neither alignment nor that penalty, leaks as much: the paper warms its encoders up by that,
+# and then freezes them. In the table above, that is the method that was audited.
 
 # %% [markdown]
 # ## 6. Was there interference to remove?
 #
 # The premise. Here it is measured, and not inferred from gradients: of each cell of a small grid one model was trained on
-# understanding alone, one on generation alone, one on both, with the same steps and examples. *Interference* is how much worse
-# the model of both does a task than the model of that task alone. A cell has a width, a texture, and a share: of how many of
-# the pictures that generation learns from does understanding see the caption, too (*1 in 4*, or all of them)?
+# understanding alone, one on generation alone, one on both, with the same steps and examples. *Interference* is how much
+# worse the model of both does a task than the model of that task alone. A cell has a width, a texture, and a share: of how
+# many of the pictures that generation learns from does understanding see the caption, too (*1 in 4*, or all of them)?
 #
 # **Write down what you expect.** Which task pays more for sharing? Does it matter how much of the work the other one gets?
 
@@ -419,29 +421,29 @@ uk.expect(int(losses.n.min()), low=512, claim="scenes behind each comparison", n
 # ## What held, what did not, and what cannot be said
 #
 # **Held, if its ✓ stands above:** what could be shared is decided by the inputs and can be listed; each term has a failure
-# that its own number hides, and it can be shown in two dimensions; the split is found where it was planted (section 4);
+# that its own number hides, and it can be shown in two dimensions; the split is found where it was planted (section 5);
 # sharing a narrow model costs both tasks, generation much more (section 6).
 #
-# **Did not hold, or only in part:** that shared factors help the frozen model by what the two flows of *one* pair share (section
-# 3); that DIVA beats training on for as long (section 4, where the paper's order of base, fine-tuning and DIVA is judged line by
-# line); the split (section 5): whoever reads the unique half finds shared facts in it. The trials point at one term, the penalty
-# on unique factors. An account that fits all of this, and was not tested by itself: encoders that were warmed up as printed keep
-# shared facts in their unique half, where critics find about a nat within the first fifty steps; the encoders being frozen, the
-# penalty can be lowered only by changing the backbone's states. Encoders that were aligned before take most of the harm away,
-# and no trial gains.
+# **Did not hold, or only in part:** that shared factors help the frozen model by what the two flows of *one* pair share
+# (section 3); that DIVA beats training on for as long (section 4, where the paper's order of base, fine-tuning and DIVA is
+# judged line by line); the split (section 5): whoever reads the unique half finds shared facts in it. The trials point at one
+# term, the penalty on unique factors. An account that fits all of this, and was not tested by itself: encoders that were
+# warmed up as printed keep shared facts in their unique half, where critics find about a nat within the first fifty steps;
+# the encoders being frozen, the penalty can be lowered only by changing the backbone's states. Encoders that were aligned
+# before take most of the harm away, and no trial gains.
 #
 # **Limits.** Models of 0.4 million parameters, a world of one to four objects, pooled states, 300 steps where the paper has
-# 14,000; three base models with one training seed each so far, ablations from single trials. What a large model would do, nothing
-# here can say.
+# 14,000; three base models with two or three of four training seeds so far, ablations from single trials. What a large model
+# would do, nothing here can say.
 
 # %% [markdown]
 # ## Exercises (answers: `solutions/03_factorization.py`)
 #
-# 1. InfoNCE cannot report more than log N. Take pairs that share 3 nats and find the smallest batch whose estimate comes within a
-#    tenth of that; use `umm_kit.losses.factorization.infonce` with the true log-density ratio as critic.
+# 1. InfoNCE cannot report more than log N. Take pairs that share 3 nats and find the smallest batch whose estimate comes
+#    within a tenth of that; use `umm_kit.losses.factorization.infonce` with the true log-density ratio as critic.
 # 2. Shrink both factors of a pair by ten. What happens to the two readings of Eq. 9 (`orthogonality(...).loss`) and to
 #    `.overlap`?
-# 3. Two factors can be orthogonal and equal in content. Make a unique factor that is a function of the shared one and has overlap
-#    below .01.
+# 3. Two factors can be orthogonal and equal in content. Make a unique factor that is a function of the shared one and has
+#    overlap below .01.
 # 4. NCE-CLUB with the true critic is not the mutual information. Check for a correlation of .75: I is .413 nats, the contrast
 #    1.286.
