@@ -49,14 +49,7 @@ PAPER_PAIRS: tuple[tuple[str, str, tuple[int, str], tuple[int, str]], ...] = (
     ("unique_0.8", "diva", (4, "lambda_uni=0.8"), (4, "lambda_uni=0.6")),
     ("reca", "diva", (6, "RecA"), (1, "DIVA")),
 )
-_TABLE_9 = {
-    "single_object": "Single Object",
-    "two_object": "Two Object",
-    "counting": "Counting",
-    "colors": "Colors",
-    "position": "Position",
-    "color_attribution": "Color Attribute",
-}
+_TABLE_9 = {name: name.replace("_", " ").title().replace("Attribution", "Attribute") for name in CATEGORIES}
 BENCHMARKS = {"understanding": ("MMMU", "POPE"), "generation": ("GenEval", "DPG-Bench")}
 
 _PLAIN: dict[str, Any] = {"shared_weight": 0.0, "unique_weight": 0.0, "ema_decay": 0.0}
