@@ -291,8 +291,7 @@ figures.arms(effects[effects.metric.isin(comparison.HEADLINES) | effects.metric.
 # %%
 said = comparison.verdict(effects, "diva")
 display(said.style.hide(axis="index").format(precision=4))
-paper = diva.against_paper(records).dropna(subset=["here"])  # the others were not run; notebook 07 has them all
-display(paper.style.hide(axis="index").format(precision=4, na_rep="-"))
+display(diva.against_paper(records).dropna(subset=["here"]).style.hide(axis="index").format(precision=4, na_rep="-"))
 gain = said.set_index("metric").over_sft
 uk.expect(gain["understanding"], high=0, n=2048, claim="DIVA understands no better than fine-tuning for as long (share)")
 uk.expect(gain["understanding_loss"], high=0, n=2048, claim="nor is its loss lower (nats)")
