@@ -116,6 +116,7 @@ EXCEPTIONS = {
     "LatentAlignment.weighted": "its arguments are named after the parts, as many as are wanted; tested in test_alignment",
     "checksum": "of a model; no array",
     "check_loaded": "of what transformers says; no array",
+    "cast": "of a model; no array",
     "Draws.generate": "of a model; each family's is called in its own test file",
     "scores_of": "of a FlowOutput, whose fields it returns; every family's in tests/test_contract.py",
     "example_losses": "of a FlowOutput; compared with every family's own losses in tests/test_contract.py",

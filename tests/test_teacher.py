@@ -22,7 +22,10 @@ def test_a_tiny_training_is_saved_with_its_record_and_resumes(tmp_path):
     assert (score["metric"], score["n"]) == ("retrieval_at_1", 512) and 0 <= score["low"] <= score["value"] <= score["high"] <= 1
     assert "retrieval_at_1" in write_card(tmp_path / "a").read_text()
     again = load_teacher(tmp_path / "a", device="cpu")
-    assert torch.equal(again.embed_text(["a red circle"]), whole.embed_text(["a red circle"]))
+    kept = again.model.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in whole.model.state_dict().items())
+    # Products of the same weights may differ in the last bit: where they lie in memory decides which kernel runs.
+    torch.testing.assert_close(again.embed_text(["a red circle"]), whole.embed_text(["a red circle"]), atol=1e-6, rtol=0)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b/checkpoint-4")
     resumed = train(config(tmp_path / "b", resume=True))

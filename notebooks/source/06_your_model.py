@@ -241,7 +241,8 @@ uk.expect(cka["noise, Emu3"].iloc[0], low=0.3, n=n, claim="one vocabulary: the f
 
 # %%
 if not MODEL:
-    uk.expect(cka["noise"].max(), high=0.1, n=n, claim="two towers: the flows have nothing in common at any depth (CKA)")
+    chance = {"full": 0.1, "tiny": 0.3}[PRESET]  # of few pictures, chance alone is larger
+    uk.expect(cka["noise"].max(), high=chance, n=n, claim="two towers: the flows have nothing in common at any depth (CKA)")
     residual = of_noise.series("residual", "residual").value
     uk.expect(residual.iloc[-1] / residual.iloc[0], high=0.7, n=n, claim="the residual falls with depth, of noise alone (ratio)")
 
