@@ -153,7 +153,7 @@ def test_tuning_and_arms_run_and_resume(tmp_path, monkeypatch):
         study.run("seconds", records, tmp_path / "runs")
     study.tune("seconds", tmp_path / "diva-tuning.jsonl", tmp_path / "tuning")
     tuning = Ledger(tmp_path / "diva-tuning.jsonl").records()
-    assert len(tuning) == 2 * len(study.tuned) + 2, "costs, trials, the base, and one cause"
+    assert len(tuning) == 2 * len(study.tuned(small)) + 2, "costs, trials, the base, and one cause"
     study.run("seconds", records, tmp_path / "runs")
     done = Ledger(records).records()
     assert set(done) == {"base-0, base", "base-0, sft_middle, seed 0", "base-0, diva, seed 0"}
@@ -169,4 +169,9 @@ def test_core_arms_have_every_seed_and_come_seed_by_seed():
     assert runs[:2] == [("base", "a", None), ("base", "b", None)]
     assert [seed for *_, seed in runs[2:]] == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
     assert {arm for arm, *_ in runs[2:10]} == {"sft_middle", "diva"} and {arm for arm, *_ in runs[10:]} == {"pcgrad"}
+    few = diva.STUDY.only(["diva", "pcgrad"])
+    assert {arm for arm, *_ in few.runs(few.presets["tiny"])} == {"base", "diva", "pcgrad"}
+    assert few.tuned(few.presets["tiny"]) == ("diva", "pcgrad")
+    with pytest.raises(ValueError, match="no arm sftt; expected some of sft_all"):
+        diva.STUDY.only(["diva", "sftt"])
     assert len(diva.STUDY.runs(TINY)) == 3 + 4 * 3 * len(diva.STUDY.core) + 3 * (len(diva.ARMS) - len(diva.STUDY.core))

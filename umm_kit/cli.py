@@ -144,6 +144,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--output", default="build", metavar="FOLDER", help="executed notebooks and figures (default: %(default)s)")
     sub.add_argument("--records", type=Path, metavar="FILE.jsonl", help="of an experiment (default: experiments/WHAT.jsonl)")
     sub.add_argument("--runs", default="runs", metavar="FOLDER", help="of an experiment's models (default: %(default)s)")
+    sub.add_argument("--arms", nargs="+", metavar="ARM", help="of diva and latentumm, and their tuning: only these")
     sub.add_argument("--part", default="1/1", metavar="K/M", help="every M-th run, from the K-th: M processes share the work")
 
     sub = command(notebooks, folder)
@@ -408,6 +409,10 @@ def reproduce(args: argparse.Namespace) -> int:
     if len(part) != 2 or not 1 <= part[0] <= part[1]:
         raise ValueError(f"--part is {args.part!r}; expected K/M with 1 <= K <= M, such as 1/2")
     records = args.records or Path("experiments") / f"{args.what}.jsonl"
+    if args.arms:
+        if not hasattr(experiment, "STUDY"):
+            raise ValueError(f"--arms is for diva and latentumm; {args.what} has none")
+        experiment = experiment.STUDY.only(args.arms)
     print(getattr(experiment, function)(preset, records, Path(args.runs) / args.what, (part[0], part[1])))
     return 0
 

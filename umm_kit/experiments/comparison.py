@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +96,31 @@ class Study:
     headlines: Sequence[str] = HEADLINES
     more: Callable[[Records], str] = lambda records: ""
 
-    @property
-    def tuned(self) -> tuple[str, ...]:
+    def named(self, preset: Preset) -> tuple[str, ...]:
+        """The arms of a preset."""
+        return preset.arms or tuple(self.arms)
+
+    def tuned(self, preset: Preset) -> tuple[str, ...]:
         """Arms that have trials of their own; the core first."""
-        names = dict.fromkeys(arm.rate_of for arm in self.arms.values())
+        names = dict.fromkeys(self.arms[name].rate_of for name in self.named(preset))
         return tuple(sorted(names, key=lambda name: name not in self.core))
 
     def runs(self, preset: Preset) -> list[tuple[str, str, int | None]]:
         """(arm, base, seed): the bases as they are, the core arms seed by seed, then the others."""
-        names = preset.arms or tuple(self.arms)
+        names = self.named(preset)
         core = [(arm, base, seed) for seed in preset.seeds for arm in names if arm in self.core for base in preset.bases]
         rest = [(arm, base, seed) for arm in names if arm not in self.core for seed in preset.few_seeds for base in preset.bases]
         return [*(("base", base, None) for base in preset.bases), *core, *rest]
+
+    def only(self, arms: Sequence[str]) -> Study:
+        """The same study with presets of some arms.
+
+        Raises:
+            ValueError: an arm is not one of the study.
+        """
+        if unknown := sorted(set(arms) - set(self.arms)):
+            raise ValueError(f"no arm {', '.join(unknown)}; expected some of {', '.join(self.arms)}")
+        return replace(self, presets={name: replace(preset, arms=tuple(arms)) for name, preset in self.presets.items()})
 
     # --- tuning ---
 
@@ -115,13 +128,14 @@ class Study:
         """Cost of every arm that is matched in time, then the trials, on the first base, validation items and the tuning seed."""
         chosen, ledger, folder = self.presets[preset], Ledger(Path(records)), Path(folder)
         base, seed, middle = chosen.bases[0], chosen.tuning_seed, chosen.rates[len(chosen.rates) // 2]
-        costly = [name for name in self.tuned if name == self.reference or self.arms[name].plain]
+        tuned = self.tuned(chosen)
+        costly = [self.reference, *(name for name in tuned if self.arms[name].plain)]
         for name in costly if part[0] == 1 else ():  # one after another: what runs beside them would count
             if f"cost of {name}" not in ledger.records():
                 steps = self.length(chosen) if self.arms[name].plain else None
                 _, content = self.train(base, name, chosen, seed, folder / f"cost-{name}", middle, steps)
                 ledger.add(f"cost of {name}", {"arm": name, **content})
-        wanted = [("base", 0.0), *((name, middle) for name in self.causes), *itertools.product(self.tuned, chosen.rates)]
+        wanted = [("base", 0.0), *((name, middle) for name in self.causes), *itertools.product(tuned, chosen.rates)]
         for name, rate in mine(wanted, part, lambda run: tuning_name(*run) in ledger.records()):
             model, content = load(base, device="cpu"), dict[str, Any]()
             if name != "base":
