@@ -39,6 +39,7 @@ EXPERIMENTS = {
     "frontier": ("frontier", "run"),
     "planted": ("planted", "run"),
     "intervention": ("intervention", "run"),
+    "families": ("families", "run"),
 }
 HEADLINES = ("caption_f1", "qa_existence", "qa_relation", "generation_overall", "inpainting_objects")
 
