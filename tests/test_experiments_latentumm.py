@@ -42,6 +42,9 @@ def test_items_of_a_drift_have_its_mean_survival():
     found = uk.drift(Forgetful(4), DATA, cycles=2, progress=False)
     items = latentumm.of_drift(found)
     assert np.mean(items["survival"]) == pytest.approx(found.mean_survival.value, abs=1e-4)
+    by_cycle = found.to_frame().query("metric == 'survival'").set_index("cycle").value
+    for name, cycle in (("survival_first", 1), ("survival_last", 2)):
+        assert np.mean(items[name]) == pytest.approx(by_cycle[cycle], abs=1e-4)
     lost = np.arange(24) % 4 == 0
     assert np.all(np.array(items["survival"])[lost] < 0.1) and np.all(np.array(items["survival"])[~lost] > 0.5)
     assert np.all(np.array(items["told"])[lost] == 0) and np.all(np.array(items["told"])[~lost] >= 4)

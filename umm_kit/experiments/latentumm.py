@@ -92,15 +92,19 @@ def judge(model: Any, split: str, n: int, n_prompts: int, seed: int, preset: Pre
 def of_drift(found: Drift) -> dict[str, list[float]]:
     """Item by item: what of an item survives, what its caption tells, and whether others' captions are the same.
 
-    - ``survival``: mean over cycles of (A_i - F_i) / (C - F), with the C and F of all items: its mean is that of S(k).
+    - ``survival``: mean over cycles of (A_i - F_i) / (C - F), with the C and F of all items: its mean is that of S(k);
+      ``survival_first``, ``survival_last``: of the first and of the last cycle alone.
     - ``told``: facts in the caption after one cycle. ``distinct``: 1 / the number of items with the same last caption.
     """
     kept, floor, ceiling = found.shares(WHOLE)
     gap = ceiling.mean() - floor.mean((0, 2))
+    survival = ((kept - floor) / gap[None, :, None]).mean(0)
     trace, last = found.traces[0], found.traces[0].texts[2 * found.cycles]
     same = Counter(last)
     values = {
-        "survival": ((kept - floor) / gap[None, :, None]).mean((0, 1)),
+        "survival": survival.mean(0),
+        "survival_first": survival[0],
+        "survival_last": survival[-1],
         "told": np.array([0 if content is None else len(facts(content)) for content in trace.contents[2]]),
         "distinct": np.array([1 / same[text] for text in last]),
     }
@@ -112,7 +116,10 @@ STUDY = Study(
     arms=ARMS,
     core=("latentumm", "dpo", "sft", "sft_full"),
     rivals=("sft", "sft_full", "sft_examples"),
-    endpoints=("survival", "told", "distinct", "understanding", "generation", "understanding_loss", "generation_loss"),
+    endpoints=(
+        *("survival", "survival_first", "survival_last", "told", "distinct"),
+        *("understanding", "generation", "understanding_loss", "generation_loss"),
+    ),
     presets=PRESETS,
     length=length,
     train=post_train,
