@@ -13,6 +13,7 @@ from umm_kit.models.base import (
     check_images,
     collate,
     draw_mask,
+    product_rate,
     resolve_device,
     resolve_dtype,
     token_losses,
@@ -132,6 +133,7 @@ def test_device_and_dtype():
     assert resolve_device("cpu") == torch.device("cpu") and resolve_device().type in ("cuda", "mps", "cpu")
     assert resolve_dtype("float32", torch.device("cpu")) == torch.float32
     assert resolve_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+    assert product_rate(torch.device("cpu"), torch.float32, 64, 0.01) > 1e6
     for wrong in ("float31", "Tensor"):
         with pytest.raises(ValueError, match="dtype"):
             resolve_dtype(wrong, torch.device("cpu"))

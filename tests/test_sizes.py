@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 from conftest import ROOT
 from families import PRETRAINED, small
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
@@ -11,7 +10,7 @@ from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, Llama
 from umm_kit import cli
 from umm_kit.models import load
 from umm_kit.models.factors import middle_layers
-from umm_kit.models.sizes import GIB, Sizes, product_rate, sizes
+from umm_kit.models.sizes import GIB, Sizes, sizes
 
 TOY = Sizes("toy", 1000, (100, 100, 100), ((4, 6), (6, 4)), 8, 2)
 
@@ -60,10 +59,6 @@ def test_info_prints_it_without_reading_weights(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{sizes(tmp_path).parameters:,} parameters in 32 bits" in said and "LoRA in the middle layers" in said
     assert cli.main(["info", "nowhere"]) == 2
-
-
-def test_products_take_time():
-    assert product_rate(torch.device("cpu"), 0.01) > 1e6
 
 
 def test_the_page_on_clusters_says_what_info_says(tmp_path):

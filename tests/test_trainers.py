@@ -642,3 +642,10 @@ def test_tokenizer_training(tmp_path):
     assert torch.equal(again.encode(images), trained.encode(images)) and again.levels == (4, 4, 4)
     scores = record["scores"]
     assert scores["codes"] == 64 and 1 <= scores["perplexity"] <= scores["codes_used"] <= 64 and scores["n"] == 256
+
+
+@pytest.mark.parametrize(("faster", "said"), [(False, 1), (True, 0)])
+def test_slow_bf16_is_said(small_model, tmp_path, monkeypatch, caplog, faster, said):
+    monkeypatch.setattr("umm_kit.trainers.base.bf16_is_faster", lambda device: faster)
+    PretrainTrainer(small_model, PretrainConfig.tiny(output_dir=str(tmp_path), bf16=True), Shapes("train", n=64))
+    assert sum("--bf16 False" in message for message in caplog.messages) == said

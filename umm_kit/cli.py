@@ -360,14 +360,17 @@ def info(args: argparse.Namespace) -> int:
     import shutil
 
     import psutil
+    import torch
 
-    from umm_kit.models.base import resolve_device
+    from umm_kit.models.base import product_rate, resolve_device
     from umm_kit.records import versions
 
     if args.model:
-        from umm_kit.models.sizes import product_rate, sizes
+        from umm_kit.models.sizes import sizes
 
-        found, rate = sizes(args.model), product_rate(resolve_device())
+        found, device = sizes(args.model), resolve_device()
+        gpu = device.type == "cuda"  # in the precision that training takes there
+        rate = product_rate(device, torch.bfloat16 if gpu else torch.float32, 4096 if gpu else 512, 0.05)
         print(found)
         work = found.operations()
         print(f"A step of 8 pairs on both flows is {work:.2g} operations: at least {work / rate:.2g} s on this device")

@@ -112,6 +112,10 @@ def _atlas(path: Path) -> Figure:
 
 
 _ENDPOINT_TITLES = {
+    "survival": "survival, mean over the cycles",
+    "survival_first": "survival after one cycle",
+    "told": "facts in a caption",
+    "distinct": "captions nobody else has (share)",
     "understanding": "understanding (share)",
     "generation": "generation (share)",
     "understanding_loss": "understanding loss (nats)",

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -463,13 +464,21 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype is {dtype!r}; expected 'auto', 'float32', 'bfloat16', ...")
         return getattr(torch, dtype)
-    seconds = {}
-    for kind in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=kind, device=device)
-        (a @ a).sum().item()  # the first product pays for set-up
-        start, rounds = time.perf_counter(), 0
-        while time.perf_counter() - start < 0.025:
-            (a @ a).sum().item()
-            rounds += 1
-        seconds[kind] = (time.perf_counter() - start) / rounds
-    return torch.bfloat16 if seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
+    return torch.bfloat16 if bf16_is_faster(device) else torch.float32
+
+
+@cache
+def bf16_is_faster(device: torch.device) -> bool:
+    """A probe of 50 ms: a processor without instructions for bf16 is many times slower in it than in float32."""
+    return product_rate(device, torch.bfloat16, 512, 0.025) > product_rate(device, torch.float32, 512, 0.025)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, n: int, seconds: float) -> float:
+    """Operations per second of products of n x n matrices."""
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    (a @ a).sum().item()  # the first product pays for set-up
+    start, rounds = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        (a @ a).sum().item()
+        rounds += 1
+    return 2 * n**3 * rounds / (time.perf_counter() - start)

@@ -6,7 +6,6 @@ All memory is that of one process which holds everything, without the workspace 
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,18 +94,6 @@ class Sizes:
             f"{len(self.blocks)} shared layers of width {self.hidden_size}\n"
             f"GiB on one device, for 8 pairs of 640 tokens in both flows (activations are estimated):\n{table}"
         )
-
-
-def product_rate(device: torch.device, seconds: float = 0.05) -> float:
-    """Operations per second of square matrix products on a device, in the precision that training takes there."""
-    n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    (a @ a).sum().item()  # the first product pays for set-up
-    start, rounds = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        (a @ a).sum().item()
-        rounds += 1
-    return 2 * n**3 * rounds / (time.perf_counter() - start)
 
 
 def sizes(model: Any, name: str = "") -> Sizes:

@@ -7,6 +7,7 @@ a resumed run, and a run on more processes, therefore see exactly the batches of
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 import tempfile
@@ -26,8 +27,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from umm_kit.data.shapes import hash_uniform, stream_key
-from umm_kit.models.base import resolve_device
+from umm_kit.models.base import bf16_is_faster, resolve_device
 from umm_kit.records import command, machine, versions, write_json
+
+logger = logging.getLogger(__name__)
 
 EMA_FILE = "ema.safetensors"
 ENDLESS = 2**32  # a data set of this length makes its examples on demand and is never walked to its end
@@ -219,6 +222,8 @@ class UMMTrainer(Trainer):
         self._parts: dict[str, list[float]] = {}
         self._started, self._seconds_before = time.time(), 0.0
         check_writable(str(args.output_dir))
+        if args.bf16 and args.device.type == "cpu" and not bf16_is_faster(args.device):
+            logger.warning("this processor is slower in bfloat16 than in float32; --bf16 False will be faster here")
         defaults_of(type(args))  # type: ignore[arg-type]
         super().__init__(model=model, args=args, **kwargs)
         self.ema = EMACallback(args.ema_decay) if args.ema_decay else None
