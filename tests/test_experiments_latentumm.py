@@ -57,7 +57,7 @@ def test_arms_run_and_resume(tmp_path):
     settings = {"max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0, "prompts": 4, "rounds": 1, "pairs": 2}
     settings |= {"rollouts": 2, "draws": 2, "drawing_steps": 1, "threshold": 0.0, "target_weight": 0.0}
     small = replace(TINY, bases=(base,), seeds=(0,), rates=(1e-4,), arms=("sft", "dpo"), settings=settings)
-    small = replace(small, n=8, n_prompts=1, n_tuning=8, n_drift=8, cycles=1)
+    small = replace(small, n=8, n_prompts=1, n_tuning=8, n_drift=8, n_drift_tuning=8, cycles=1)
     arms = {name: latentumm.ARMS[name] for name in ("sft", "latentumm", "dpo")}
     study = replace(latentumm.STUDY, arms=arms, presets={"seconds": small})
     study.tune("seconds", tmp_path / "latentumm-tuning.jsonl", tmp_path / "tuning")

@@ -43,9 +43,10 @@ OF_DIVA = ("reca", "diva")  # trained by DIVA's trainer
 
 @dataclass(frozen=True)
 class Preset(comparison.Preset):
-    """Also how drift is measured: so many items, for so many cycles."""
+    """Also how drift is measured: so many items (of validation, ``n_drift_tuning``), for so many cycles."""
 
-    n_drift: int = 96
+    n_drift: int = 288
+    n_drift_tuning: int = 96
     cycles: int = 8
 
 
@@ -85,7 +86,8 @@ def post_train(
 def judge(model: Any, split: str, n: int, n_prompts: int, seed: int, preset: Preset) -> dict[str, list[float]]:
     """Both abilities, and what is left of meaning after ``preset.cycles`` cycles (:func:`of_drift`)."""
     found = endpoints(model, split, n, n_prompts, seed, preset.texture, progress=False, inpaint=False, decoding=DECODING)
-    data = Shapes(split, n=preset.n_drift, seed=seed, nuisance=Nuisance(texture=preset.texture), without=ASYMMETRIC)
+    items = preset.n_drift if split == "test" else preset.n_drift_tuning
+    data = Shapes(split, n=items, seed=seed, nuisance=Nuisance(texture=preset.texture), without=ASYMMETRIC)
     return found | of_drift(drift(model, data, preset.cycles, seed=seed, decoding=DECODING, layers=(), keep=0, progress=False))
 
 
