@@ -51,6 +51,13 @@ def test_items_of_a_drift_have_its_mean_survival():
     assert np.allclose(np.array(items["distinct"])[lost], 1 / 6, atol=1e-3), "six items ended in the same words"
 
 
+def test_survival_alone_chooses_the_rate():
+    means = [{"survival": 0.1 * k, "understanding": 0.9 - 0.3 * k, "generation": 0.5} for k in range(len(TINY.rates))]
+    trials = {f"sft at {rate:g}": {"arm": "sft", "rate": rate, "means": m} for rate, m in zip(TINY.rates, means, strict=True)}
+    assert latentumm.STUDY.best_rate(trials, "sft", TINY) == TINY.rates[-1]
+    assert latentumm.STUDY.tuning_table(trials).best.tolist() == [False, False, False, True]
+
+
 @pytest.mark.slow
 def test_arms_run_and_resume(tmp_path):
     base = "tiny-tight-0"  # drift asks for a tokenizer that keeps pictures

@@ -80,6 +80,7 @@ class Study:
         train: (base, arm, preset, seed, folder, learning rate, steps or None) -> the model and what the run was.
         judge: (model, split, n, prompts per category, seed, preset) -> metric -> one outcome per item.
         causes: arms that are tried at the middle rate while tuning, to see what each part of the reference does.
+        headlines: what the table of trials shows; chosen_by: those whose mean decides between learning rates.
         more: records -> what else the summary says.
     """
 
@@ -94,6 +95,7 @@ class Study:
     judge: Callable[..., dict[str, list[float]]]
     causes: Sequence[str] = ()
     headlines: Sequence[str] = HEADLINES
+    chosen_by: Sequence[str] = HEADLINES
     more: Callable[[Records], str] = lambda records: ""
 
     def named(self, preset: Preset) -> tuple[str, ...]:
@@ -164,16 +166,16 @@ class Study:
         return max(1, round(self.length(preset) * reference / own))
 
     def tuning_table(self, tuning: Records) -> pd.DataFrame:
-        """Every trial: arm, rate, steps, headlines on validation items, their mean, and whether it is the arm's best."""
+        """Every trial: arm, rate, steps, headlines on validation items, the mean that decides, and whether it is the arm's best."""
         trials = [r for r in tuning.values() if "means" in r]
         rows = [(r["arm"], r["rate"], r.get("steps", 0), *(r["means"][metric] for metric in self.headlines)) for r in trials]
         frame = pd.DataFrame(rows, columns=["arm", "rate", "steps", *self.headlines])
-        frame["mean"] = frame[list(self.headlines)].mean(axis=1)
+        frame["mean"] = frame[list(self.chosen_by)].mean(axis=1)
         frame["best"] = frame.groupby("arm")["mean"].transform("max") == frame["mean"]
         return frame
 
     def best_rate(self, tuning: Records, name: str, preset: Preset) -> float:
-        """The learning rate with the highest mean of the headlines; asks for every trial of the arm.
+        """The learning rate with the highest mean of what it is chosen by; asks for every trial of the arm.
 
         Raises:
             ValueError: a trial has no record yet.
@@ -181,7 +183,7 @@ class Study:
         trials = {rate: tuning.get(tuning_name(name, rate)) for rate in preset.rates}
         if missing := [rate for rate, record in trials.items() if record is None]:
             raise ValueError(f"{name} was not tried at {missing}; run 'umm-kit reproduce {self.reference}-tuning' first")
-        return max(trials, key=lambda rate: np.mean([trials[rate]["means"][metric] for metric in self.headlines]))  # type: ignore[index]
+        return max(trials, key=lambda rate: np.mean([trials[rate]["means"][metric] for metric in self.chosen_by]))  # type: ignore[index]
 
     # --- reported runs ---
 

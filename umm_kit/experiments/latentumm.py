@@ -2,7 +2,8 @@
 
 How arms are matched, tuned and judged is in :mod:`umm_kit.experiments.comparison`. Stage 1 alone is no arm: it trains a map
 between a teacher's embeddings and leaves the backbone as it is, so that its drift is the base's. Whoever says less may drift
-less: so what captions tell, and how many of them differ, stand beside survival.
+less: so what captions tell, and how many of them differ, stand beside survival, which alone chooses the learning rate of an arm:
+each is to be at its best at what the method is for, and what that costs the two abilities is then seen.
 """
 
 from __future__ import annotations
@@ -127,5 +128,6 @@ STUDY = Study(
     train=post_train,
     judge=judge,
     headlines=("survival", "understanding", "generation"),
+    chosen_by=("survival",),
 )
 tune, run = STUDY.tune, STUDY.run
