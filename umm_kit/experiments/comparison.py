@@ -166,7 +166,7 @@ class Study:
         return max(1, round(self.length(preset) * reference / own))
 
     def tuning_table(self, tuning: Records) -> pd.DataFrame:
-        """Every trial: arm, rate, steps, headlines on validation items, the mean that decides, and whether the arm has no better."""
+        """Every trial: arm, rate, steps, headlines on validation items, the mean that decides, and whether it is the best."""
         trials = [r for r in tuning.values() if "means" in r]
         rows = [(r["arm"], r["rate"], r.get("steps", 0), *(r["means"][metric] for metric in self.headlines)) for r in trials]
         frame = pd.DataFrame(rows, columns=["arm", "rate", "steps", *self.headlines])
