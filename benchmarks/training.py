@@ -59,7 +59,8 @@ def floor(options, data):
     items = [{**data[i], "number": i, "index": i} for i in range(options.batch)]
     batch = FlowCollator(data, model.grid, config, config.replay_every)(items)
     batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-    optimizer, flows, ends = torch.optim.AdamW(model.parameters(), lr=1e-5), Flows(model), []
+    optimizer, ends = torch.optim.AdamW(model.parameters(), lr=1e-5), []
+    flows = torch.compile(Flows(model)) if options.compile else Flows(model)
     for _ in range(options.steps + WARM):
         with torch.autocast(device.type, torch.bfloat16, enabled=torch.cuda.is_available()):
             u, g = flows(batch, [])
