@@ -128,9 +128,12 @@ def test_without_a_target_no_teacher_is_asked_for(saved, tmp_path):
 def test_a_stopped_run_goes_on_as_if_it_had_not(saved, table, tmp_path, monkeypatch):
     def run(folder, **changes):
         model = load(saved, device="cpu")
-        LatentUMMTrainer(model, config(folder, variant="released", lora_rank=0, **changes), DATA, table).fit()
+        trainer = LatentUMMTrainer(model, config(folder, variant="released", lora_rank=0, **changes), DATA, table)
+        trainer.fit()
+        steps.append([step for step, *_ in trainer.monitor.readings])
         return weights(model)
 
+    steps = []
     whole = run(tmp_path / "whole")
     real, count = LatentUMMTrainer.compute_loss, iter(range(100))
 
@@ -144,6 +147,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(saved, table, tmp_path, monkeypa
         run(tmp_path / "cut")
     monkeypatch.setattr(LatentUMMTrainer, "compute_loss", real)
     torch.testing.assert_close(run(tmp_path / "cut", resume=True), whole, atol=1e-6, rtol=0)
+    assert steps == [[0, 1, 2, 3]] * 2, "readings of a resumed run are compared with the start of the run"
+
+
+def test_plain_training_takes_no_latents(saved, tmp_path, monkeypatch):
+    model = load(saved, device="cpu")
+    monkeypatch.setattr(type(model), "text_states", lambda *_: pytest.fail("latents were taken"))
+    weightless = dict.fromkeys(("modal_weight", "capacity_weight", "target_weight"), 0.0)
+    plain = config(tmp_path, preference="none", guard="none", **weightless)
+    assert not plain.takes_latents and config(tmp_path, preference="released", guard="none", **weightless).takes_latents
+    LatentUMMTrainer(model, plain, DATA).fit()
 
 
 def test_train_reads_a_table_and_saves_its_record(saved, table, tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from umm_kit.data.shapes import Shapes
 from umm_kit.losses.preference import best_and_worst
@@ -57,6 +59,7 @@ def test_rollouts_are_scored_by_what_the_reader_would_say(saved):
 def test_training_moves_the_margin_and_logs_what_it_did(saved, tmp_path, rank):
     model, trainer = trained(saved, tmp_path, lora_rank=rank, max_steps=12, rounds=1, preference_weight=20.0, beta=0.5)
     log = [entry for entry in trainer.state.log_history if "preference_loss" in entry]
+    assert log[0]["preference_nll"] > 1
     assert log[0]["preference_loss"] == pytest.approx(0.6931, abs=1e-3) and log[0]["chosen_shift"] == pytest.approx(0, abs=1e-4)
     assert log[-1]["preference_margin"] > 0.02 > abs(log[0]["preference_margin"])
     assert {"rollout_best", "rollout_mean", "rollout_worst", "rollout_spread", "pairs_kept"} <= set(log[0])
@@ -146,12 +149,45 @@ def test_no_pair_is_an_error_that_says_what_to_do(saved, tmp_path):
         trained(saved, tmp_path, threshold=1e6)
 
 
-def test_a_cache_of_other_settings_is_refused(saved, tmp_path):
+@pytest.mark.parametrize("other", [dict(rollouts=2), dict(temperature=0.5), dict(seed=7), dict(model=True)])
+def test_a_cache_of_another_run_is_refused(saved, tmp_path, other):
     trained(saved, tmp_path)
     model = load(saved, device="cpu")
-    trainer = PreferenceTrainer(model, config(tmp_path, rollouts=2), DATA)
-    with pytest.raises(ValueError, match="choose another output_dir"):
+    if other.pop("model", False):
+        with torch.no_grad():
+            next(model.parameters()).add_(1e-3)
+    trainer = PreferenceTrainer(model, config(tmp_path, **other), DATA)
+    with pytest.raises(ValueError, match=r"is of a run with another .*choose another output_dir"):
         trainer.collect(0)
+
+
+def test_a_run_that_is_not_resumed_draws_anew(saved, tmp_path):
+    trained(saved, tmp_path, save_strategy="no")
+    first = load_file(tmp_path / "rollouts/0/0.safetensors")["drawn"]
+    _, trainer = trained(saved, tmp_path, save_strategy="no", seed=5)
+    assert not torch.equal(load_file(tmp_path / "rollouts/0/0.safetensors")["drawn"], first)
+    assert trainer.rollouts.texts != PreferenceTrainer(load(saved), config(tmp_path / "b"), DATA).collect(0).texts
+
+
+def test_a_later_round_without_a_pair_goes_on(saved, tmp_path, monkeypatch, caplog):
+    drawn = PreferenceTrainer.collect
+
+    def equal(self, number):
+        found = drawn(self, number)
+        return found if not number else replace(found, scores=torch.zeros_like(found.scores))
+
+    monkeypatch.setattr(PreferenceTrainer, "collect", equal)
+    _, trainer = trained(saved, tmp_path)
+    log = trainer.state.log_history
+    assert [entry["pairs_kept"] for entry in log if "pairs_kept" in entry] == [1.0, 0.0]
+    assert "generation_loss" in log[3] and "preference_loss" not in log[3] and "native losses alone" in caplog.text
+
+
+def test_each_micro_batch_has_pairs_of_its_own(saved, tmp_path, monkeypatch):
+    seen, pair = [], PreferenceTrainer._pair
+    monkeypatch.setattr(PreferenceTrainer, "_pair", lambda self: seen.append(pair(self)) or seen[-1])
+    trained(saved, tmp_path, gradient_accumulation_steps=2, max_steps=2, rounds=1, pairs=2)
+    assert [list(each["seeds"]) for each in seen] == [[42, 43], [44, 45], [46, 47], [48, 49]]
 
 
 def test_equal_rollouts_are_counted_and_skipped():
@@ -167,6 +203,8 @@ def test_equal_rollouts_are_counted_and_skipped():
     [
         (dict(rollouts=1), "at least two drawings"), (dict(prompts=1), "prompts = 1"), (dict(rounds=9), "do not fit"),
         (dict(beta=0.0), "beta"), (dict(draws=3), "even"), (dict(threshold=-1.0), "threshold"), (dict(replay_every=1), "replay"),
+        (dict(understanding_weight=float("nan")), "understanding_weight = nan"),
+        (dict(per_device_train_batch_size=6), "6 is not a multiple of replay_every 4"),
     ],
 )  # fmt: skip
 def test_bad_configurations_are_refused(tmp_path, wrong, said):

@@ -9,6 +9,7 @@ called "released" follows the code its authors published, what is called "correc
 
 from __future__ import annotations
 
+import json
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from umm_kit.diagnostics.collapse import CollapseMonitor
 from umm_kit.losses.alignment import GUARDS, latent_alignment
@@ -95,6 +96,25 @@ class AlignerStage(nn.Module):
         return {"loss": loss, **parts, "z_text": out.z_text.detach(), "z_image": out.z_image.detach()}
 
 
+class Watching(TrainerCallback):
+    """Keeps the readings of a monitor in each checkpoint: what a resumed run compares with is the start of the run."""
+
+    def __init__(self, monitor: CollapseMonitor):
+        self.monitor = monitor
+
+    @staticmethod
+    def file(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "collapse.json"
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            write_json(self.file(args, state), self.monitor.state_dict())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step and self.file(args, state).exists():
+            self.monitor.load_state_dict(json.loads(self.file(args, state).read_text()))
+
+
 class AlignerTrainer(UMMTrainer):
     """Stage 1 on embeddings of a teacher; each line of the log holds a reading of collapse, and ``monitor`` all of them.
 
@@ -112,6 +132,7 @@ class AlignerTrainer(UMMTrainer):
         length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         stage = AlignerStage(aligner, args)
         super().__init__(stage, args, train_dataset=Stream(data, length, args.seed), data_collator=collate, **kwargs)
+        self.add_callback(Watching(self.monitor))
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         outputs = model(**inputs)
@@ -185,7 +206,7 @@ class LatentUMMConfig(PreferenceConfig):
 
     - "released": both latents from one sequence, in which the image has seen the words; two small MLPs beside the backbone stand
       for generation and re-encoding, so nothing is drawn; no guard against collapse; a preference for spread among noisy copies
-      of a latent.
+      of a latent. (The release scales its adapters by 2; here the scale is 1.)
     - "corrected": the text before any image, the image before any text; the model draws (one step, straight-through) and reads
       its drawing; InfoNCE keeps items apart; DPO on whole drawings, ranked by a frozen reader.
     """
@@ -213,15 +234,21 @@ class LatentUMMConfig(PreferenceConfig):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
         weights = ("modal_weight", "capacity_weight", "target_weight", "guard_weight", "sigma")
-        if negative := [name for name in weights if getattr(self, name) < 0]:
-            raise ValueError(f"{negative} are negative; expected at least 0")
-        if self.preference == "released" and not self.sigma:
+        if negative := [name for name in weights if not getattr(self, name) >= 0]:
+            raise ValueError(f"{negative} are negative or NaN; expected at least 0")
+        if self.preference == "released" and self.preference_weight and not self.sigma:
             raise ValueError("sigma is 0: all rollouts of a latent are equal, and the released preference has no gradient")
         super().__post_init__()
 
     @property
     def draws_pairs(self) -> bool:
         return self.preference == "dpo" and super().draws_pairs
+
+    @property
+    def takes_latents(self) -> bool:
+        """Whether any term is of the latents; plain fine-tuning and DPO alone leave them out, and their cost."""
+        terms = (self.modal_weight, self.capacity_weight, self.target_weight, self.guard != "none" and self.guard_weight)
+        return any(terms) or (self.preference == "released" and self.preference_weight > 0)
 
 
 class LatentStep(Step):
@@ -233,7 +260,9 @@ class LatentStep(Step):
 
     def forward(self, batch: Mapping[str, Any], pair: Mapping[str, Any] | None, config: Any) -> dict[str, Tensor]:
         last = self.model.num_layers
-        out, u, g = self.native(batch, [last])
+        out, u, g = self.native(batch, [last] if config.takes_latents else [])
+        if not config.takes_latents:
+            return out | (self.preferred(pair, config) if pair is not None else {})
         anchor = batch["anchor"].nonzero()[:, 0]
         texts = [batch["drawn"][k] for k in anchor.tolist()]
         z_text = self.model.text_states(texts, [last])[last]
@@ -282,7 +311,9 @@ class LatentUMMTrainer(PreferenceTrainer):
         needs = ["text_states"] + ["regenerate"] * (args.capacity == "generation" and args.capacity_weight > 0)
         if missing := [name for name in needs if not hasattr(model, name)]:
             raise ValueError(f"{type(model).__name__} has no {', '.join(missing)}; LatentUMM's {args.variant} form needs it")
-        self.teacher = (teacher or open_teacher(args.teacher)) if args.target_weight else None
+        self.teacher = None
+        if args.target_weight:
+            self.teacher = open_teacher(args.teacher) if teacher is None else teacher
         self.monitor = CollapseMonitor()
         width = self.teacher.dim if self.teacher else model.hidden_size  # without a teacher G's space is of no meaning
         heads = args.target_weight > 0 or args.capacity == "heads" or args.preference == "released"
@@ -290,6 +321,7 @@ class LatentUMMTrainer(PreferenceTrainer):
             torch.manual_seed(args.seed)
             step = LatentStep(model, width if heads else 0)
         super().__init__(model, args, train_dataset, step=step, **kwargs)
+        self.add_callback(Watching(self.monitor))
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         if self.teacher is not None:

@@ -8,7 +8,10 @@ native losses. The oracle has no part in it: it would know what no user's model 
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from umm_kit.features import evaluating
 from umm_kit.losses.preference import best_and_worst, dpo
-from umm_kit.models.base import Decoding, FlowOutput, elbo_masks
+from umm_kit.models.base import Decoding, FlowOutput, checksum, elbo_masks
 from umm_kit.models.factors import FLOWS
 from umm_kit.trainers.base import PostTrainArguments, Stream, UMMTrainer, post_train
 from umm_kit.trainers.stages import FlowCollator, Flows, adapters
@@ -70,12 +73,17 @@ class PreferenceConfig(PostTrainArguments):
             raise ValueError(f"{', '.join(small)}; expected at least {', '.join(f'{k} = {n}' for k, n in least.items())}")
         if self.rounds > self.max_steps:
             raise ValueError(f"{self.rounds} rounds do not fit into {self.max_steps} steps")
-        if not self.beta > 0 or min(self.alpha, self.threshold, self.temperature, self.preference_weight) < 0:
-            raise ValueError("beta must be above 0, and alpha, threshold, temperature and weights must not be negative")
+        weights = ("preference_weight", "understanding_weight", "generation_weight")
+        right = {"beta": self.beta > 0} | {k: getattr(self, k) >= 0 for k in ("alpha", "threshold", "temperature", *weights)}
+        if wrong := [f"{name} = {getattr(self, name)}" for name, fine in right.items() if not fine]:
+            raise ValueError(f"{', '.join(wrong)}; expected beta above 0, and the others at least 0")
         if self.draws < 2 or self.draws % 2:
             raise ValueError(f"draws is {self.draws}; masks come in pairs: expected an even number")
         if self.replay_every == 1 or self.replay_every < 0:
             raise ValueError(f"replay_every is {self.replay_every}; expected 0 (no replay) or at least 2")
+        if self.replay_every and self.per_device_train_batch_size % self.replay_every:
+            size = self.per_device_train_batch_size
+            raise ValueError(f"per_device_train_batch_size {size} is not a multiple of replay_every {self.replay_every}")
         super().__post_init__()
 
     @property
@@ -126,14 +134,16 @@ class PreferenceTrainer(UMMTrainer):
     """Trains a model in place by DPO on rollouts of its own, beside its native losses.
 
     Each round's rollouts are kept in ``output_dir``/rollouts, batch by batch: a crash loses one batch, and a resumed run goes on
-    with the same pairs.
+    with the same pairs. A run that is not resumed removes those of an earlier one.
 
-    The log holds, besides both native losses: preference_loss (log 2 at first), preference_margin, preference_accuracy,
-    chosen_shift and rejected_shift (nats, policy - reference: both may fall), and at the start of each round rollout_best, _mean,
-    _worst, _spread, pairs_kept (share of prompts whose drawings differ enough).
+    The log holds, besides both native losses: preference_loss (log 2 at first, and alpha times preference_nll), preference_nll
+    (-log p of the chosen drawings), preference_margin, preference_accuracy, chosen_shift and rejected_shift (nats, policy -
+    reference: both may fall), and at the start of each round rollout_best, _mean, _worst, _spread, pairs_kept (share of prompts
+    whose drawings differ enough; a later round without any trains on the native losses alone).
 
     Raises:
-        ValueError: no prompt has a pair (lower the threshold, or draw at a higher temperature); a cache that does not fit.
+        ValueError: no prompt of the first round has a pair (lower the threshold, or draw at a higher temperature); a cache of
+            another run.
     """
 
     def __init__(self, model: Any, args: PreferenceConfig, train_dataset: Any, step: Step | None = None, **kwargs: Any):
@@ -150,6 +160,8 @@ class PreferenceTrainer(UMMTrainer):
         collator = FlowCollator(train_dataset, model.grid, args, args.replay_every)  # type: ignore[arg-type]
         stream = Stream(train_dataset, length, args.seed)
         super().__init__(step or Step(model), args, train_dataset=stream, data_collator=collator, **kwargs)
+        self._frozen[0].to(args.device)
+        self._place, self._whose = (-1, -1), checksum(self._frozen[0])
 
     # --- rollouts ---
 
@@ -167,28 +179,36 @@ class PreferenceTrainer(UMMTrainer):
         for start in range(0, args.prompts, size):
             places = range(number * args.prompts + start, number * args.prompts + min(start + size, args.prompts))
             texts, file = [item["texts"] for item in stream.__getitems__(places)], folder / f"{start}.safetensors"
-            if not (part := self._kept(file, len(texts))):
+            made_of = {
+                "model": self._whose, "texts": zlib.crc32("\n".join(texts).encode()), "seed": args.seed,
+                "rollouts": args.rollouts, "temperature": args.temperature, "drawing_steps": args.drawing_steps,
+            }  # fmt: skip
+            if not (part := self._kept(file, made_of)):
                 generator = torch.Generator().manual_seed(1_000_003 * args.seed + places[0])
                 decoding = Decoding(steps=args.drawing_steps, temperature=args.temperature)
                 with evaluating(self.umm):
                     drawn, scores = roll_out(self.umm, self._frozen[0], texts, args.rollouts, decoding, generator)
                 part = {"drawn": drawn, "scores": scores}
                 if self.is_world_process_zero():
-                    save_file({k: v.contiguous() for k, v in part.items()}, file.with_suffix(".partial"))
+                    tensors = {k: v.contiguous() for k, v in part.items()}
+                    save_file(tensors, file.with_suffix(".partial"), {"made_of": json.dumps(made_of)})
                     file.with_suffix(".partial").replace(file)
             parts.append((texts, part))
         texts = [text for some, _ in parts for text in some]
         return Rollouts(texts, *(torch.cat([part[name] for _, part in parts]) for name in ("drawn", "scores")))
 
-    def _kept(self, file: Path, n: int) -> dict[str, Tensor] | None:
+    def _kept(self, file: Path, made_of: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """What a batch's file holds; None if there is none or a crash left half of one."""
         try:
-            part = load_file(file) if file.exists() else None
+            if not file.exists():
+                return None
+            with safe_open(file, "pt") as content:
+                came = json.loads((content.metadata() or {}).get("made_of", "{}"))
+                part = {name: content.get_tensor(name) for name in ("drawn", "scores")}
         except SafetensorError:
             return None
-        if part is not None and tuple(part["scores"].shape) != (n, self.args.rollouts):
-            came = tuple(part["scores"].shape)
-            raise ValueError(f"{file} holds scores {came}; this run has {(n, self.args.rollouts)}: choose another output_dir")
+        if other := sorted(name for name, value in made_of.items() if came.get(name) != value):
+            raise ValueError(f"{file} is of a run with another {', '.join(other)}: choose another output_dir, or remove it")
         return part
 
     def _next_round(self) -> None:
@@ -197,10 +217,10 @@ class PreferenceTrainer(UMMTrainer):
         rows = keep.nonzero()[:, 0]
         if not len(rows):
             came = f"best and worst differ by {self.rollouts.spread()['rollout_spread']:.3f} nats on average"
-            raise ValueError(
-                f"none of {len(keep)} prompts has a pair: {came}, the threshold is {self.args.threshold}; lower it, or draw at a "
-                "higher temperature"
-            )
+            said = f"none of {len(keep)} prompts has a pair: {came}, the threshold is {self.args.threshold}"
+            if not self._round:
+                raise ValueError(f"{said}; {'lower it, or ' * (self.args.threshold > 0)}draw at a higher temperature")
+            logger.warning("round %d: %s; it trains on the native losses alone", self._round, said)
         self._pairs = rows, chosen[rows], rejected[rows]
         self.note_parts({k: torch.tensor(v) for k, v in (self.rollouts.spread() | {"pairs_kept": len(rows) / len(keep)}).items()})
 
@@ -208,6 +228,10 @@ class PreferenceTrainer(UMMTrainer):
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """The parameters ask for gradients afterwards as they did before."""
+        if not self.args.resume and resume_from_checkpoint is None:
+            if self.is_world_process_zero():
+                shutil.rmtree(Path(str(self.args.output_dir)) / "rollouts", ignore_errors=True)
+            self.accelerator.wait_for_everyone()
         adapting: Any = nullcontext()
         if self.args.lora_rank:
             kept = Path(str(self.args.output_dir)) / "adapter" if self.is_world_process_zero() else None
@@ -233,11 +257,16 @@ class PreferenceTrainer(UMMTrainer):
         """Of every term of the loss."""
         return {f"{name}_loss": getattr(self.args, f"{name}_weight") for name in (*FLOWS, "preference")}
 
-    def _pair(self) -> dict[str, Any]:
+    def _pair(self) -> dict[str, Any] | None:
         """This step's pairs, with the reference's likelihoods under the masks that the policy will be judged by."""
         assert self.rollouts is not None
         args, (rows, chosen, rejected) = self.args, self._pairs
-        first = (self.state.global_step * args.world_size + args.process_index) * args.pairs
+        if not len(rows):
+            return None
+        step, micro = self._place
+        self._place = step, micro = (self.state.global_step, micro + 1 if step == self.state.global_step else 0)
+        number = step * args.gradient_accumulation_steps + micro % args.gradient_accumulation_steps
+        first = (number * args.world_size + args.process_index) * args.pairs
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed + self._round))
         at = order[(first + torch.arange(args.pairs)) % len(rows)]
         seeds = range(args.seed + first, args.seed + first + args.pairs)
@@ -284,7 +313,8 @@ class Step(nn.Module):
         )
         alpha = config.alpha / getattr(self.model, "num_image_tokens", 1)
         found = dpo(chosen, rejected, pair["reference_chosen"], pair["reference_rejected"], config.beta, alpha)
-        out = {"preference_loss": found.loss, "preference_margin": found.margin.mean(), "preference_accuracy": found.accuracy}
+        out = {"preference_loss": found.loss, "preference_nll": found.nll}
+        out |= {"preference_margin": found.margin.mean(), "preference_accuracy": found.accuracy}
         return out | {"chosen_shift": found.chosen_shift.mean(), "rejected_shift": found.rejected_shift.mean()}
 
 
