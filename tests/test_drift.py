@@ -5,14 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import umm_kit as uk
 from umm_kit.data.digits import Digits
+from umm_kit.data.imagetext import ImageText
 from umm_kit.data.language import caption, parse
 from umm_kit.data.shapes import COLOUR_WEIGHTS, COLOURS, SHAPE_WEIGHTS, SHAPES, SIZES, Shapes
 from umm_kit.evaluation.blame import PerfectReader, PerfectWriter
 from umm_kit.models.base import Decoding
 from umm_kit.models.masked import MaskedUMM
+from umm_kit.models.teachers import EmbeddingTable
 
 METRICS = {"survival", "recall", "floor", "ceiling", "lost", "contradictions", "caption_edit_distance"}
 QUIET = {"progress": False}
@@ -142,6 +145,38 @@ def test_a_planted_half_life_lies_in_its_interval(whole):
             assert share[category, "lost", "regained"] == pytest.approx(
                 p * (1 / (len(SHAPES) if category == "shape" else 2)), abs=0.06
             )
+
+
+def test_saying_less_is_no_contradiction(data):
+    class Brief(Perfect):
+        def retell(self, k, objects):
+            return objects[:1]
+
+    drift = uk.drift(Brief(data), data, cycles=1, **QUIET)
+    assert column(drift, "recall")[1] < 0.9 and column(drift, "contradictions")[1] == 0
+
+
+def test_a_table_is_no_teacher_of_new_texts_and_numbers_are_whole(data):
+    table = EmbeddingTable(["a"], torch.ones(1, 2), torch.ones(1, 2))
+    for wrong, said in (
+        (dict(teacher=table), "EmbeddingTable.*embed_text"),
+        (dict(cycles=1.5), "whole"),
+        (dict(seed=None), "whole"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            uk.drift(Perfect(data), data, **wrong, **QUIET)
+
+
+def test_a_folder_of_pictures_goes_around(tmp_path):
+    scenes = Shapes("test", n=6, seed=2)
+    for k in range(6):
+        pixels = (scenes[k]["images"].permute(1, 2, 0) * 255).round().byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+    pictures = ImageText(tmp_path, captions=False)
+    drift = uk.drift(Perfect(scenes), pictures, cycles=2, start="image", **QUIET)
+    assert drift.ids == [f"{k}.png" for k in range(6)] and drift.traces[0].texts[1][0]
+    with pytest.raises(ValueError, match="6 items have no caption"):
+        uk.drift(Perfect(scenes), pictures, cycles=2, **QUIET)
 
 
 def test_lost_items_score_zero_and_stay(data):

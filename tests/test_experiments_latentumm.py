@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import umm_kit as uk
 from umm_kit.data.shapes import Shapes
 from umm_kit.evaluation.blame import PerfectReader, PerfectWriter
-from umm_kit.experiments import Ledger, latentumm
+from umm_kit.experiments import Ledger, diva, latentumm
 
 TINY = latentumm.PRESETS["tiny"]
 DATA = Shapes("test", n=24, seed=6)
@@ -56,6 +57,12 @@ def test_survival_alone_chooses_the_rate():
     trials = {f"sft at {rate:g}": {"arm": "sft", "rate": rate, "means": m} for rate, m in zip(TINY.rates, means, strict=True)}
     assert latentumm.STUDY.best_rate(trials, "sft", TINY) == TINY.rates[-1]
     assert latentumm.STUDY.tuning_table(trials).best.tolist() == [False, False, False, True]
+
+
+def test_diva_keeps_the_rate_that_its_own_trials_chose():
+    trials = Ledger(ROOT / "experiments/diva-tuning.jsonl").records()
+    assert diva.STUDY.best_rate(trials, "diva", diva.PRESETS["tiny"]) == latentumm.DIVA_RATE == latentumm.ARMS["diva"].rate
+    assert "diva" not in latentumm.STUDY.tuned(TINY)
 
 
 @pytest.mark.slow

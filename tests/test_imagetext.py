@@ -219,6 +219,24 @@ def test_a_folder(tmp_path, kind):
     assert not torch.equal(data[0]["images"], data[1]["images"])
 
 
+def test_pictures_alone_are_taken_when_asked_for(tmp_path):
+    folder = write_folder(tmp_path / "f", ROWS)
+    (folder / "metadata.csv").write_text("file_name,text\na.png,four quarters\nc.png,\n")
+    with pytest.raises(ValueError, match=r"(?s)2 of 3 items .*no caption"):
+        ImageText(folder)
+    some = ImageText(folder, captions=False)
+    assert dict(zip(some.ids, some.texts, strict=True)) == {"a.png": "four quarters", "c.png": "", "sub/b.png": ""}
+    (folder / "metadata.csv").unlink()
+    (folder / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="captions=False takes pictures alone"):
+        ImageText(folder)
+    with pytest.raises(ValueError, match=r"(?s)1 of 4 items .*broken.png"):
+        ImageText(folder, captions=False)
+    with pytest.warns(UserWarning, match="skipped"):
+        bare = ImageText(folder, captions=False, on_error="skip")
+    assert bare.ids == ["a.png", "c.png", "sub/b.png"] and set(bare.texts) == {""}
+
+
 def test_an_item_is_the_same_by_every_way_to_it(tmp_path):
     data = ImageText(write_folder(tmp_path, ROWS))
     same_items([data[i] for i in range(3)], data.__getitems__(range(3)))

@@ -12,6 +12,7 @@ from umm_kit.evaluation.survival import (
     retrieval_rank,
     survival,
 )
+from umm_kit.statistics import wilson
 
 
 def planted(p, n=300, cycles=8, floor=0.3, runs=1, seed=0, least=0.0, n_resamples=2000):
@@ -35,6 +36,14 @@ def test_survival_by_hand():
     assert curve.value == pytest.approx([0.5 / 0.7, 0.25 / 0.7])
     assert curve.resamples.shape == (2000, 2) and curve.n == 2
     assert curve.mean().value == pytest.approx(0.75 / 1.4)
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_all_or_nothing_has_the_interval_of_a_share(kept):
+    curve = survival(np.full((1, 3, 50), kept), np.zeros((1, 3, 50)), np.ones(50))
+    low, high = wilson(round(50 * kept), 50)
+    assert curve.mean().interval == pytest.approx((low, high)) and high - low > 0.05
+    assert curve.half_life().interval == ((3, np.inf) if kept else (0.5, pytest.approx(0.5 / (1 - high))))
 
 
 def test_resamples_against_a_naive_bootstrap():

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
 from umm_kit.data.shapes import Shapes
-from umm_kit.models.teachers import CLIPTeacher, EmbeddingTable, Teacher, embeddings, load_teacher, retrieval
+from umm_kit.models.teachers import CLIPTeacher, EmbeddingTable, Teacher, embeddings, load_teacher, retrieval, retrieved
 from umm_kit.models.tokenizers import train_text_tokenizer
 
 TEXTS = ["a red circle", "a blue square and a red circle", "a large green triangle"]
@@ -116,6 +116,7 @@ def test_a_batch_is_looked_up_by_id_and_not_by_place(table):
     [
         (lambda t, p: t.of(["a", "z", "q"]), "2 of 3 ids have no vector.*'z'"),
         (lambda t, p: EmbeddingTable(["a", "a"], torch.eye(2), torch.eye(2)), "more than once.*'a'"),
+        (lambda t, p: EmbeddingTable([1, "1"], torch.eye(2), torch.eye(2)), "more than once.*'1'"),
         (lambda t, p: EmbeddingTable(["a", "b"], torch.eye(2), torch.eye(3)), r"\(3, 3\)"),
         (lambda t, p: EmbeddingTable(["a"], torch.tensor([[float("nan")]]), torch.ones(1, 1)), "NaN"),
         (lambda t, p: EmbeddingTable(["a"], torch.zeros(1, 2), torch.ones(1, 2)), "zeros"),
@@ -151,3 +152,12 @@ def test_a_folder_of_pickled_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no teacher could be read"):
         CLIPTeacher.from_pretrained(tmp_path)
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_mean"][0] == pytest.approx(0.4815)
+
+
+def test_ids_may_be_numbers():
+    assert EmbeddingTable([7, 8], torch.eye(2), torch.eye(2)).of([8])[0].tolist() == [[0, 1]]
+
+
+def test_each_pair_adds_its_own_hits():
+    text, image = torch.eye(3), torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.9, 0.1, 0]])
+    assert retrieved(text, image).tolist() == [1.0, 1.0, 0.0] and retrieval(text, image) == pytest.approx(2 / 3)

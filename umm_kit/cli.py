@@ -229,7 +229,9 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError("--n does not apply to a folder, which is read as a whole; leave it out")
     if args.data != "shapes" and args.texture != "mid":
         raise ValueError(f"--texture is of scenes, but --data is {args.data!r}; leave it out")
-    more = {"nuisance": uk.Nuisance(texture=args.texture)} if args.data == "shapes" else {}
+    more: dict[str, Any] = {"nuisance": uk.Nuisance(texture=args.texture)} if args.data == "shapes" else {}
+    if args.data not in ("shapes", "digits") and getattr(args, "start", "text") == "image":
+        more["captions"] = False  # what starts from pictures asks for none
     model, n = uk.load(args.model, dtype=args.dtype), args.n or (512 if args.data == "shapes" else None)
     return model, open_data(args.data, args.split, n=n, seed=args.seed, image_size=model.image_size, **more)
 

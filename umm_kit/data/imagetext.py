@@ -198,6 +198,8 @@ class ImageText(ItemByItem):
             ``.skipped``, a list of (id, reason). Paths that leave the folder are never read, under either.
         image_column, text_column: where they are not ``file_name`` / the only image column and ``text``.
         fit: "crop" to the centred square or "pad" to mid grey bars.
+        captions: False takes pictures without a caption, too (their text is empty), and a folder of nothing but pictures:
+            enough for what starts from pictures, such as ``uk.drift(..., start="image")``.
 
     Raises:
         ValueError: unusable items (all of them, with reasons), an empty folder, no metadata, unknown options.
@@ -217,6 +219,7 @@ class ImageText(ItemByItem):
         image_column: str | None = None,
         text_column: str | None = None,
         fit: str = "crop",
+        captions: bool = True,
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'skip'")
@@ -225,6 +228,7 @@ class ImageText(ItemByItem):
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; expected at least 1 pixel")
         self.image_size, self.fit, self.image_column, self.text_column = image_size, fit, image_column, text_column
+        self.captions = captions
         self._root: Path | None = None
         self._table: Any = None
         if isinstance(source, str | os.PathLike):
@@ -276,7 +280,13 @@ class ImageText(ItemByItem):
         if len(found) != 1:
             if found:
                 raise ValueError(f"{root} has both {' and '.join(METADATA)}; expected one of them")
-            hint = f"; its subfolders {splits} do: choose one with split=" if splits else ", with the columns file_name and text"
+            if not self.captions:
+                return [_Row(name, name, None, name) for name in self._pictures()]
+            hint = (
+                f"; its subfolders {splits} do: choose one with split="
+                if splits
+                else (", with the columns file_name and text (captions=False takes pictures alone)")
+            )
             raise ValueError(f"{root} has no metadata.csv or metadata.jsonl{hint}")
         return self._metadata(_inside(root, found[0].name))
 
@@ -303,12 +313,18 @@ class ImageText(ItemByItem):
                 name = row.get(image)
                 named.add(os.path.normpath(name) if isinstance(name, str) else None)
                 yield _Row(where, _as_id(row.get("id", name)), row.get(text), name)
+        for name in self._pictures():
+            if os.path.normpath(name) not in named:
+                said = "no line names this image, so it has no caption" if self.captions else ""
+                yield _Row(file.name, name, None, name, said)
+
+    def _pictures(self) -> Iterator[str]:
+        """Every image file of the folder, but for hidden ones, as it is named from there."""
         assert self._root is not None
         for path in sorted(self._root.rglob("*")):
             place = path.relative_to(self._root)
-            hidden = any(part.startswith(".") for part in place.parts)
-            if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden and os.fspath(place) not in named:
-                yield _Row(file.name, place.as_posix(), None, None, "no line names this image, so it has no caption")
+            if path.suffix.lower() in SUFFIXES and path.is_file() and not any(part.startswith(".") for part in place.parts):
+                yield place.as_posix()
 
     def _open_dataset(self, source: Any, split: str | None) -> Iterable[_Row]:
         import datasets
@@ -350,7 +366,7 @@ class ImageText(ItemByItem):
                     problems.append("no id")
                 elif first.setdefault(row.id, row.where) != row.where:
                     problems.append(f"the id is already that of {first[row.id]} (ids must be unique; an `id` column gives them)")
-                if problem := _text_problem(row.text):
+                if problem := _text_problem(row.text if self.captions else row.text or "none"):
                     problems.append(problem)
                 try:
                     self._read(row.source)
@@ -360,7 +376,7 @@ class ImageText(ItemByItem):
                 self.skipped.append((row.id or row.where, f"{row.where}: {'; '.join(problems)}"))
             else:
                 self.ids.append(str(row.id))
-                self.texts.append(row.text.strip())
+                self.texts.append((row.text or "").strip())
                 self._sources.append(row.source)
         if not rows:
             raise ValueError(f"{self.name} has no items; expected at least one image-text pair")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ class Drift:
         if self.facts is not None:
             kept, floor, ceiling = self.shares(slice(step, step + 1))
             yield from (("recall", kept[:, 0]), ("floor", floor[:, 0]), ("ceiling", ceiling[None]))
-            denied = (self.status[:, step] == DENIED) & (self.table.category != "object")
+            denied = (self.status[:, step] == DENIED) & self.table.counted  # another count may only say less
             yield "contradictions", np.stack([np.bincount(self.table.owner, row, len(self.ids)) for row in denied])
         yield "lost", np.stack([trace.lost[step] for trace in self.traces]).astype(float)
         for name, spaces in self._spaces():
@@ -194,10 +195,10 @@ class Drift:
         """Columns cycle, metric, value, low, high, n (items), for cycles 1 to K; with ``half_steps`` for .5, 1, 1.5, ... K.
 
         A whole cycle ends in content of the kind it started from. recall, floor, ceiling, survival: shares of step-0 facts.
-        contradictions: step-0 facts denied, per item. lost: share of items. Everything else compares with the first content of
-        its kind (step 0 at whole cycles): latent_cosine, at the last chosen layer, and latent_step_cosine (to one cycle
-        before), teacher_*; *_cosine_floor: with other items' origins. retrieval_rank, by the teacher if there is one, else by
-        the latent: the share of other origins that are nearer than one's own (0 = first, .5 = chance).
+        contradictions: counted step-0 facts that are denied, per item. lost: share of items. Everything else compares with the
+        first content of its kind (step 0 at whole cycles): latent_cosine, at the last chosen layer, and latent_step_cosine (to
+        one cycle before), teacher_*; *_cosine_floor: with other items' origins. retrieval_rank, by the teacher if there is one,
+        else by the latent: the share of other origins that are nearer than one's own (0 = first, .5 = chance).
         caption_edit_distance: words inserted, deleted or changed over the longer text's number of words; from an image, that of
         the caption to the first one.
         """
@@ -294,8 +295,14 @@ def drift(
     Example:
         >>> uk.drift(model, uk.Shapes("test", n=256), cycles=8).mean_survival  # doctest: +SKIP
     """
-    if min(cycles, repeats, batch_size) < 1 or keep < 0:
-        raise ValueError(f"{cycles=}, {repeats=}, {batch_size=}, {keep=}; expected at least 1 of each (keep: 0)")
+    whole = all(isinstance(number, Integral) for number in (cycles, repeats, batch_size, keep, seed))
+    if not whole or min(cycles, repeats, batch_size) < 1 or keep < 0:
+        raise ValueError(
+            f"{cycles=}, {repeats=}, {batch_size=}, {keep=}, {seed=}; expected whole numbers, at least 1 of each (keep: 0)"
+        )
+    if teacher is not None and not hasattr(teacher, "embed_text"):
+        raise ValueError(f"teacher is a {type(teacher).__name__}; drift makes new texts and pictures, which no table knows: "
+                         "expected a model with embed_text and embed_image, such as load_teacher()")  # fmt: skip
     if start not in STARTS:
         raise ValueError(f"start is {start!r}; expected one of {STARTS}")
     if len(data) < 2:

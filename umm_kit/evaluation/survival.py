@@ -66,10 +66,15 @@ class Survival:
     resamples: np.ndarray
     n: int
 
+    @property
+    def _same(self) -> bool:
+        """Whether all resamples are alike: the steps' own intervals then stand in for what they would show."""
+        return bool(np.ptp(self.resamples, axis=0).max() < 1e-9)
+
     def mean(self) -> Estimate:
         """Mean over the steps."""
         low, high = np.quantile(self.resamples.mean(1), [0.025, 0.975])
-        if np.ptp(self.resamples, axis=0).max() < 1e-9:  # the same in every resample: the steps' own intervals stand in
+        if self._same:
             low, high = self.low.mean(), self.high.mean()
         return Estimate(float(self.value.mean()), float(low), float(high), self.n)
 
@@ -78,6 +83,8 @@ class Survival:
         end, found, drawn = float(len(self.value)), float(half_life(self.value)), half_life(self.resamples)
         low = float(np.quantile(drawn, 0.025, method="lower"))  # infinite ones cannot be interpolated
         high = float(np.quantile(drawn, 0.975, method="higher"))
+        if self._same:
+            low, high = float(half_life(self.low)), float(half_life(self.high))
         return HalfLife(min(found, end), min(low, end), high, self.n, not np.isfinite(found))
 
     def exponential_fit(self) -> ExponentialFit:
@@ -128,8 +135,8 @@ def half_life(survival: Any) -> np.ndarray:
 def survival(kept: np.ndarray, floor: np.ndarray, ceiling: np.ndarray, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Survival:
     """S(k) = (A(k) - F(k)) / (C - F(k)), with A, F and C means over items: 1 = all is kept, 0 = no more than without memory.
 
-    Items are resampled, the same for every step, and runs too where there are several. Where all items keep everything,
-    resamples cannot differ: the Wilson bound of A then gives the lower end.
+    Items are resampled, the same for every step, and runs too where there are several. Where all items keep everything, or none
+    keeps anything, resamples cannot differ: the Wilson bound of A then gives the lower, or the upper, end.
 
     Args:
         kept, floor: [runs, steps, items], share of each item's facts that its own state, and others' states, keep.
@@ -157,9 +164,10 @@ def survival(kept: np.ndarray, floor: np.ndarray, ceiling: np.ndarray, n_resampl
     value = ratio(np.full((1, n), 1 / n), np.full((1, runs), 1 / runs))[0]
     resamples = np.concatenate(drawn)
     low, high = np.quantile(resamples, [0.025, 0.975], axis=0)
-    f, perfect = floor.mean((0, 2)), (kept > 1 - 1e-9).all((0, 2))  # shares of facts, summed
+    f, perfect, nothing = floor.mean((0, 2)), (kept > 1 - 1e-9).all((0, 2)), (kept < 1e-9).all((0, 2))  # shares, summed
     with np.errstate(divide="ignore", invalid="ignore"):
         low = np.where(perfect, (wilson(n, n)[0] - f) / (ceiling.mean() - f), low)
+        high = np.where(nothing, (wilson(0, n)[1] - f) / (ceiling.mean() - f), high)
     return Survival(value, low, high, resamples, n)
 
 

@@ -36,11 +36,13 @@ DECODING = Decoding(steps=8)
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train on: what it changes of the configuration, whose learning rate it takes, and what it is matched in."""
+    """One way to train on: what it changes of the configuration, whose learning rate it takes (or a ``rate`` that another study's
+    trials have chosen), and what it is matched in."""
 
     changes: Mapping[str, Any] = field(default_factory=dict)
     rate_of: str = ""
     matched: str = "stages"  # 'stages': its own steps; 'time': as many as take the reference's time; 'examples': as many examples
+    rate: float = 0.0
 
     @property
     def plain(self) -> bool:
@@ -104,7 +106,7 @@ class Study:
 
     def tuned(self, preset: Preset) -> tuple[str, ...]:
         """Arms that have trials of their own; the core first."""
-        names = dict.fromkeys(self.arms[name].rate_of for name in self.named(preset))
+        names = dict.fromkeys(self.arms[name].rate_of for name in self.named(preset) if not self.arms[name].rate)
         return tuple(sorted(names, key=lambda name: name not in self.core))
 
     def runs(self, preset: Preset) -> list[tuple[str, str, int | None]]:
@@ -194,7 +196,7 @@ class Study:
         for name, base, seed in mine(self.runs(chosen), part, lambda run: run_name(*run) in ledger.records()):
             model, content = load(base, device="cpu"), dict[str, Any]()
             if seed is not None:
-                rate = self.best_rate(tuning, self.arms[name].rate_of, chosen)
+                rate = self.arms[name].rate or self.best_rate(tuning, self.arms[name].rate_of, chosen)
                 steps = self.matched_steps(tuning, name, chosen)
                 where = folder / f"{Path(base).name}-{name}-{seed}"
                 model, content = self.train(base, name, chosen, seed, where, rate, steps)

@@ -193,7 +193,7 @@ def stabilized(records: Records) -> Iterator[Verdict]:
         return
     frame = comparison.effects(records, ["survival"], latentumm.STUDY.rivals)
     row = comparison.verdict(frame, "latentumm").iloc[0]
-    found = f"survival {_interval(row, 'over_sft')} over the better fine-tuning, {row['runs']} runs"
+    found = f"survival {_interval(row, 'over_sft')} over fine-tuning ({row['rival']}), {row['runs']} runs"
     yield Verdict(LATENTUMM, "abstract", claim, _SAID.get(row["verdict"], row["verdict"]), found, command)
 
 
@@ -211,5 +211,5 @@ _NOT_HERE = (
     Verdict(DIVA, "Fig. 5", "shared factors of near-duplicates lie together in a t-SNE map", "not attempted",
             "of factors; of raw states notebook 02 (section 5) measures it, with a null", "umm-kit reproduce"),
     Verdict(LATENTUMM, "abstract", "it works across architectures", "not attempted",
-            "only the masked family ships trained models", "umm-kit train autoregressive, then latentumm"),
+            "only the masked family ships trained models", "umm-kit train autoregressive, then latentumm --variant released"),
 )  # fmt: skip

@@ -161,8 +161,9 @@ class EmbeddingTable:
     """
 
     def __init__(self, ids: Sequence[str], text: Float[Tensor, "n dim"], image: Float[Tensor, "n dim"]):
+        ids = [str(i) for i in ids]
         if len(set(ids)) != len(ids):
-            twice = sorted({i for i in ids if list(ids).count(i) > 1})[:3]
+            twice = sorted({i for i in ids if ids.count(i) > 1})[:3]
             raise ValueError(f"{len(ids) - len(set(ids))} ids occur more than once, such as {twice}; expected each once")
         for name, vectors in (("text", text), ("image", image)):
             if vectors.ndim != 2 or len(vectors) != len(ids) or vectors.shape != text.shape:
@@ -172,7 +173,7 @@ class EmbeddingTable:
             if not bool(torch.isfinite(vectors).all()) or bool((vectors.norm(dim=1) == 0).any()):
                 raise ValueError(f"{name} vectors hold NaN, infinity or rows of zeros; expected finite, with a direction")
         self.dim = text.shape[1]
-        self._row = {str(k): row for row, k in enumerate(ids)}
+        self._row = {k: row for row, k in enumerate(ids)}
         self.text, self.image = (nn.functional.normalize(v.float().cpu(), dim=1) for v in (text, image))
 
     def __len__(self) -> int:
@@ -184,6 +185,7 @@ class EmbeddingTable:
         Raises:
             ValueError: an id has no vector.
         """
+        ids = [str(i) for i in ids]
         if missing := [i for i in ids if i not in self._row]:
             raise ValueError(f"{len(missing)} of {len(ids)} ids have no vector in this table, such as {missing[:3]}")
         rows = torch.tensor([self._row[i] for i in ids], dtype=torch.long)
@@ -227,7 +229,12 @@ def retrieval(text: Float[Tensor, "n dim"], image: Float[Tensor, "n dim"], facts
     Returns:
         In [0, 1], higher = better; chance is about 1 / n.
     """
+    return float(retrieved(text, image, facts).mean())
+
+
+def retrieved(text: Float[Tensor, "n dim"], image: Float[Tensor, "n dim"], facts: Sequence[Any] | None = None) -> Tensor:
+    """[n], what each pair adds to :func:`retrieval`: 0, .5 (one way only) or 1."""
     names = {fact: k for k, fact in enumerate(dict.fromkeys(facts))} if facts is not None else {}
     own = torch.arange(len(text)) if facts is None else torch.tensor([names[fact] for fact in facts])
     scores = nn.functional.normalize(text, dim=1) @ nn.functional.normalize(image, dim=1).T
-    return float(torch.stack([(own[s.argmax(1)] == own).float().mean() for s in (scores, scores.T)]).mean())
+    return torch.stack([(own[s.argmax(1)] == own).float() for s in (scores, scores.T)]).mean(0)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, set_seed
 
 from umm_kit.losses.factorization import alignment
-from umm_kit.models.teachers import CLIPTeacher, retrieval
+from umm_kit.models.teachers import CLIPTeacher, retrieved
 from umm_kit.models.tokenizers import train_text_tokenizer
 from umm_kit.records import command, write_json
-from umm_kit.statistics import wilson
+from umm_kit.statistics import bootstrap
 from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record
 from umm_kit.trainers.pretrain import PAD_TO, corpus
 from umm_kit.trainers.stages import facts_of
@@ -134,7 +134,6 @@ def scores(teacher: CLIPTeacher, data: Any) -> dict[str, Any]:
     """
     items = [data[i] for i in range(len(data))]
     vectors = teacher.embed_text([i["texts"] for i in items]), teacher.embed_image(torch.stack([i["images"] for i in items]))
-    share = retrieval(*vectors, facts_of(items).tolist())
-    low, high = wilson(round(2 * len(items) * share), 2 * len(items))  # both ways
-    row = {"metric": "retrieval_at_1", "value": share, "low": low, "high": high, "n": len(items)}
+    e = bootstrap(retrieved(*vectors, facts_of(items).tolist()).numpy())
+    row = {"metric": "retrieval_at_1", "value": e.value, "low": e.low, "high": e.high, "n": len(items)}
     return {"record": {"command": command() or "trainers.teacher.scores", "data": repr(data)}, "metrics": [row]}
