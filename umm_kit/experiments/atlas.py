@@ -168,6 +168,17 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def headroom(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Does each model of both tasks leave room to gain, and enough to judge? Its scores beside the limits of :data:`HEADROOM`."""
+    rows = []
+    for record in sorted((r for r in records.values() if r["task"] == "joint"), key=_place):
+        for metric, (least, most) in HEADROOM.items():
+            value = float(np.mean(record["items"][metric]))
+            said = "too weak" if value < least else "no room" if value > most else "yes"
+            rows.append((*_place(record), metric, value, least, most, said))
+    return pd.DataFrame(rows, columns=[*CELL, "seed", "metric", "value", "least", "most", "headroom"])
+
+
 def predictors(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Does a diagnostic of the joint model predict its interference? Spearman's rank correlation over all cells and seeds.
 

@@ -194,7 +194,7 @@ def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, i
         planted, said = plant(chosen, seed)
         encoders = factorize(planted, said, ARMS[name], chosen, seed)
         found = score(encoders, rows_of(planted, slice(-chosen.held_out, None)), chosen.permutations, seed).round(4)
-        content = {"arm": name, "seed": seed, "settings": {**asdict(chosen), **asdict(ARMS[name])}}
+        content = {"arm": name, "seed": seed, "settings": {"preset": asdict(chosen), "arm": asdict(ARMS[name])}}
         ledger.add(title(name, seed), {**content, "rows": found.to_dict("split", index=False)})
     return summary(frame_of(ledger.records()))
 
