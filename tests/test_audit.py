@@ -9,6 +9,7 @@ from umm_kit.data.shapes import Shapes
 from umm_kit.evaluation.audit import OWN, audit, recovery, score, truth_table
 from umm_kit.evaluation.known import Split, collect, planted_flows
 from umm_kit.features import FLOWS
+from umm_kit.models.factors import FactorEncoders, FactorEncodersConfig
 from umm_kit.models.masked import MaskedUMM
 
 
@@ -144,6 +145,9 @@ def test_an_audit_from_model_to_summary(model):
 
 
 def test_refuses_other_data_and_grids(model):
+    tokens = FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=8, kind="transformer"))
+    with pytest.raises(ValueError, match="'transformer' read tokens, an audit pools states; expected 'gated'"):
+        audit(tokens, model, Shapes("test", n=8))
     with pytest.raises(ValueError, match=r"uk\.Shapes"):
         audit(lambda flows: flows, model, Digits("test", n=8))
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from umm_kit.data.digits import Digits
 from umm_kit.data.shapes import Shapes
 from umm_kit.losses.factorization import alignment, orthogonality
 from umm_kit.models import load
@@ -145,6 +147,25 @@ def test_stop_gradient_is_on_the_target(model):
     stage(batch, elsewhere, [], {})["shared_loss"].backward()
     assert all(z.grad is None for z in elsewhere[0].shared.values())
     assert model.blocks[0].mlp[0].weight.grad.abs().sum() > 0 and model.blocks[2].mlp[0].weight.grad is None
+    stage.config = config("unused", unique_weight=0.0, stop_gradient=False)
+    stage(batch, elsewhere, [], {})["shared_loss"].backward()
+    assert all(float(z.grad.abs().sum()) > 0 for z in elsewhere[0].shared.values())
+
+
+def test_without_stop_gradient_the_targets_are_the_models_own(model, tmp_path):
+    """The averaged copy would stop the gradient all the same: the loss is then twice the symmetric form of the live factors."""
+    encoders = FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=8))
+    settings = config(tmp_path, stop_gradient=False, unique_weight=0.0, ramp_share=0.0, ema_decay=0.9)
+    trainer = DIVATrainer(model, settings, DATA, encoders)
+    trainer.train()
+    batch = batch_of(model, 8)
+    assert trainer.ema.average and trainer._targets(batch) is None
+    leaves = Factors({flow: torch.randn(6, 8, requires_grad=True) for flow in FLOWS}, {})
+    trainer.accelerator.unwrap_model(trainer.model).factors = lambda u, g, anchor: [leaves]
+    loss = trainer.compute_loss(trainer.model, batch, return_outputs=True)[1]["shared_loss"]
+    found = torch.autograd.grad(loss, list(leaves.shared.values()))
+    wanted = torch.autograd.grad(2 * alignment(*leaves.shared.values(), temperature=0.1).loss, list(leaves.shared.values()))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_only_the_middle_is_trained(model, tmp_path):
@@ -236,6 +257,19 @@ def test_projection_runs_and_differs_only_where_tasks_conflict(saved, tmp_path):
         DIVATrainer(model, settings, DATA).train()
         ends[project] = model.blocks[1].mlp[0].weight
     assert torch.isfinite(ends[True]).all() and float((ends[True] - ends[False]).abs().max()) < 1e-2
+
+
+def test_projection_takes_the_gradient_of_both_tasks(model, tmp_path):
+    chosen = dict(shared_weight=0.0, unique_weight=0.0, project_conflicts=True, generation_weight=0.5)
+    trainer, batch = DIVATrainer(model, config(tmp_path, **chosen), DATA), batch_of(model, 16)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    u, g = (out.per_example_loss.mean() for out in Flows(model)(batch, []))
+    sides = (torch.autograd.grad(w * loss, trained, retain_graph=True) for w, loss in ((1, u), (0.5, g)))
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    torch.testing.assert_close([p.grad for p in trained], list(projected(*sides)), rtol=1e-4, atol=1e-7)
+    assert float(loss) == pytest.approx(float(u + 0.5 * g), rel=1e-5)
 
 
 # --- options and controls ----------------------------------------------------------------------------------------------
@@ -656,6 +690,75 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_batch(model, tmp_path):
     assert kept["images"].shape == (16, 3, 32, 32) and last_checkpoint(tmp_path) is None
 
 
+def test_every_batch_that_is_not_finite_is_kept(saved, tmp_path):
+    """Of the projection of gradients, of terms on factors in stage 1, of encoders that are broken in stage 2."""
+    plain = dict(shared_weight=0.0, unique_weight=0.0)
+    for name, options in {"projected": {**plain, "project_conflicts": True}, "stage1": {"variant": "corrected"}}.items():
+        model = load(saved, device="cpu")
+        with torch.no_grad():
+            model.blocks[1].mlp[0].weight.fill_(float("nan"))
+        with pytest.raises(ValueError, match=r"kept in .*--resume True"):
+            DIVATrainer(model, config(tmp_path / name, **options), DATA).train()
+        assert (tmp_path / name / ("stage1" if name == "stage1" else "") / "not_finite.safetensors").exists()
+    encoders = FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=8))
+    with torch.no_grad():
+        encoders.shared["generation"].norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"vectors hold NaN.*kept in .*--resume True"):
+        DIVATrainer(load(saved, device="cpu"), config(tmp_path / "stage2"), DATA, encoders).train()
+    assert (tmp_path / "stage2/not_finite.safetensors").exists()
+
+
+def test_epochs_of_a_finite_data_set_may_meet_in_a_batch(model, tmp_path):
+    trainer = DIVATrainer(model, config(tmp_path, max_steps=8, shared_only=0.0), Digits("train", n=20))
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(log) == 8 and all(np.isfinite(entry["unique_contrast"]) for entry in log)
+
+
+def test_a_queue_smaller_than_the_processes_keeps_one_row(model, tmp_path):
+    trainer = DIVATrainer(model, config(tmp_path, queue=2), DATA)
+    trainer.args = SimpleNamespace(queue=2, world_size=4, pairs="true")
+    z = [Factors({flow: torch.randn(12, 8) for flow in FLOWS}, {})]
+    for _ in range(2):
+        trainer._enqueue(batch_of(model, 16), z)
+    assert {len(rows) for pair in trainer.queues.values() for rows in pair} == {1}
+
+
+def test_a_full_disk_is_named_for_the_extras_too(model, tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    trainer = DIVATrainer(model, config(tmp_path), DATA, FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=8)))
+    with pytest.raises(OSError, match=r"could not be written \(unexpected pos.*--resume True"):
+        trainer.critics = new_critics(8, 1, trainer.args)
+        trainer._save_checkpoint(trainer.model, None)
+
+
+def test_a_folder_belongs_to_its_model_its_data_and_its_configuration(saved, tmp_path):
+    """Also for warm_up alone; what says nothing of the result may change."""
+    model = load(saved, device="cpu")
+    drawn = DIVATrainer(model, config(tmp_path, random_encoders=True), DATA).warm_up()
+    free = dict(save_total_limit=7, dataloader_num_workers=1, run_name="again", log_level="error", logging_first_step=True)
+    again = DIVATrainer(load(saved, device="cpu"), config(tmp_path, random_encoders=True, **free), DATA).warm_up()
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in drawn.state_dict().items())
+    with pytest.raises(ValueError, match=r"examples Shapes\('train', n=4096.*now Shapes\('train', n=64"):
+        DIVATrainer(model, config(tmp_path, random_encoders=True), Shapes("train", n=64)).warm_up()
+    with pytest.raises(ValueError, match=r"factor_size 32 \(now 16\)"):
+        DIVATrainer(model, config(tmp_path, random_encoders=True, factor_size=16), DATA).warm_up()
+    with torch.no_grad():
+        model.blocks[0].mlp[0].weight.add_(1)
+    with pytest.raises(ValueError, match=r"another configuration: model's checksum \d+ \(now \d+\)"):
+        DIVATrainer(model, config(tmp_path, random_encoders=True), DATA).warm_up()
+    about = tmp_path / "diva.json"
+    earlier = {n: v for n, v in json.loads(about.read_text()).items() if n not in ("model's checksum", "examples")}
+    about.write_text(json.dumps(earlier))  # of a release that did not keep them
+    DIVATrainer(load(saved, device="cpu"), config(tmp_path, random_encoders=True), DATA).warm_up()
+    about.unlink()
+    with pytest.raises(ValueError, match=r"encoders in .*'kind': 'gated'.*expected .*'kind': 'linear'"):
+        DIVATrainer(load(saved, device="cpu"), config(tmp_path, encoder="linear"), DATA).warm_up()
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -669,8 +772,15 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_batch(model, tmp_path):
         ({"replay_every": 3}, "not a multiple of replay_every 3"),
         ({"queue": 8, "stop_gradient": False}, "symmetric and takes no queue"),
         ({"orthogonality": "cosine"}, "orthogonality"),
+        ({"layers": [2, 2, 2]}, r"layers are \[2, 2, 2\]; expected each once"),
+        ({"per_device_train_batch_size": 1}, "fewer than two anchors, and InfoNCE contrasts at least 2 pairs"),
+        ({"per_device_train_batch_size": 2, "replay_every": 2}, "fewer than two anchors"),
+        ({"project_conflicts": True, "reconstruction_weight": 1.0},
+         r"\['shared_weight', 'unique_weight', 'reconstruction_weight'\] are above 0"),
+        ({"project_conflicts": True, "shared_weight": 0.0, "unique_weight": 0.0, "stage2_orthogonality_weight": 0.1},
+         r"\['stage2_orthogonality_weight'\] are above 0"),
     ],
-)
+)  # fmt: skip
 def test_bad_configurations_are_refused(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **wrong)
@@ -681,5 +791,3 @@ def test_what_does_not_fit_the_model_is_refused(model, tmp_path):
         DIVATrainer(model, config(tmp_path, layers=[2, 5]), DATA)
     with pytest.raises(ValueError, match="width 16, the model has 32"):
         DIVATrainer(model, config(tmp_path), DATA, FactorEncoders(FactorEncodersConfig(hidden_size=16, factor_size=8)))
-    with pytest.raises(ValueError, match="fewer than two anchors"):
-        DIVATrainer(model, config(tmp_path, per_device_train_batch_size=2, replay_every=2), DATA)

@@ -74,6 +74,17 @@ def test_captions_follow_the_states(model):
     assert late == model.understand(images) != early
 
 
+@pytest.mark.parametrize("shape", [(16, 4), (16, 5, 4)])
+def test_a_control_is_as_long_in_units_of_spread(shape):
+    scale = torch.tensor([100.0, 1.0, 0.1, 5.0])
+    h, delta, away = (torch.randn(shape, generator=torch.Generator().manual_seed(k)) * scale for k in range(3))
+    spread = intervention.spread_of(h)
+    found = intervention.as_long(away, delta, spread)
+    for k in range(16):
+        assert float((found[k] / spread).norm()) == pytest.approx(float((delta[k] / spread).norm()), rel=1e-5)
+        assert float(torch.cosine_similarity(found[k].flatten(), away[k].flatten(), 0)) == pytest.approx(1, abs=1e-5)
+
+
 def test_outcomes_by_hand():
     red = SceneObject("top left", "circle", "red", "large")
     blue = SceneObject("center", "circle", "blue", "large")
@@ -89,14 +100,15 @@ def test_outcomes_by_hand():
 
 
 def records(moved_shared):
-    """Three trainings; the control moves a tenth, the shared shift what is planted."""
+    """Three trainings; the shared shift's control moves a tenth, that of all a half, the shared shift what is planted."""
     out = {}
     for seed in range(3):
         rng = np.random.default_rng(seed)
         draw = lambda p, rng=rng: {  # noqa: E731
             a: {"moved": [int(x) for x in rng.random(400) < p], "kept": [None, *[0] * 399]} for a in intervention.ATTRIBUTES
         }
-        shares = {"none": 0.0, "shared": moved_shared, "unique": 0.1, "control": 0.1, "all": 0.9}
+        shares = {"none": 0.0, "shared": moved_shared, "unique": 0.1, "all": 0.9}
+        shares |= {"control of shared": 0.1, "control of unique": 0.1, "control of all": 0.5}
         items = {shift: draw(p) for shift, p in shares.items()}
         shifts = {"shared": {"moved": 0.9, "strayed": 0.1, "length": 1.0}}
         out[str(seed)] = {"encoder": "gated", "seed": seed, "layer": 5, "n": 400, "items": items, "shifts": shifts}
@@ -108,7 +120,8 @@ def test_verdicts_follow_the_rule(moved, said):
     found = intervention.verdicts(intervention.effects(records(moved))).set_index(["shift", "attribute"])
     row = found.loc[("shared", "colour")]
     assert row.verdict == said and row.moved_over_control == pytest.approx(moved - 0.1, abs=0.04)
-    assert found.loc[("all", "size"), "verdict"] == "yes"
+    row = found.loc[("all", "size")]
+    assert row.verdict == "yes" and row.moved_over_control == pytest.approx(0.4, abs=0.04), "each beside its own control"
     assert "moved 0.90, strayed 0.10" in intervention.summary(records(moved))
 
 
@@ -121,5 +134,10 @@ def test_a_run_of_seconds(tmp_path, model, monkeypatch):
     )  # fmt: skip
     monkeypatch.setitem(intervention.PRESETS, "small", replace(small))
     said = intervention.run("small", tmp_path / "r.jsonl", tmp_path / "runs")
-    assert len(Ledger(tmp_path / "r.jsonl").records()) == 2 and "strayed" in said
+    records = Ledger(tmp_path / "r.jsonl").records()
+    assert len(records) == 2 and "strayed" in said
+    for record in records.values():
+        for shift, control in intervention.CONTROLS.items():
+            lengths = [record["shifts"][name]["length"] for name in (shift, control)]
+            assert lengths[0] == pytest.approx(lengths[1], rel=1e-4)
     assert intervention.run("small", tmp_path / "r.jsonl", tmp_path / "runs") == said

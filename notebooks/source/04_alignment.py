@@ -339,9 +339,8 @@ uk.expect(grounds["real drawing"]["image head"], low=1e-9, claim="through the re
 # and a guard prevents it; the released preference is at its worst where everything is perfect, and lowers the mean when it
 # rules; the released capacity term never touches what draws.
 #
-# **What cannot be said yet:** whether training with the corrected terms keeps meaning from drifting. The trainers are there
-# (`umm-kit train latentumm`), the comparison with fine-tuning of equal time is there (`umm-kit reproduce latentumm`); its
-# records are not, so this notebook claims nothing.
+# **What is measured elsewhere:** whether training a backbone with the corrected terms keeps meaning from drifting: notebook 05,
+# section 7, from the records of `umm-kit reproduce latentumm`. Retrieval by a model's own states is not a goal in itself.
 #
 # **Limits.** One model, one teacher, one seed of each training.
 

@@ -232,16 +232,20 @@ def audit(
 ) -> Audit:
     """Check encoders of one layer of a model on scenes of ``Shapes``: :func:`truth_table`, then :func:`score`.
 
-    States are pooled over image tokens. Masks hide about 31 to 59 % of the tokens, as in training, the same 30 % in every scene:
-    else nothing of fixed place would be seen by understanding alone. Inputs are pixels (of visible patches, in G), words and
-    mask; codes hold no more than the pixels of their patch where the tokenizer sees each patch by itself, as ours does.
+    States are pooled over image tokens, which encoders of kind "transformer" cannot read. Masks hide about 31 to 59 % of the
+    tokens, as in training, the same 30 % in every scene: else nothing of fixed place would be seen by understanding alone.
+    Inputs are pixels (of visible patches, in G), words and mask; codes hold no more than the pixels of their patch where the
+    tokenizer sees each patch by itself, as ours does.
 
     Args:
         encoders: see :func:`score`. layer: by default the middle one.
         data: at least 100 scenes, better 4,000, that the encoders were not trained on.
     Raises:
-        ValueError: other data than scenes, a token grid that does not divide the texture's, a factor that is constant.
+        ValueError: other data than scenes, a token grid that does not divide the texture's, a factor that is constant, encoders
+            that read tokens.
     """
+    if (kind := getattr(getattr(encoders, "config", None), "kind", None)) == "transformer":
+        raise ValueError(f"encoders of kind {kind!r} read tokens, an audit pools states; expected 'gated', 'shallow' or 'linear'")
     scenes = collect(model, data, layer, batch_size, seed)
     truth = truth_table(scenes.inputs, scenes.factors, seed)
     targets = {flow: _shares(parts, scenes.factors, seed) for flow, parts in scenes.targets.items()}

@@ -9,8 +9,8 @@ with a = shared and b = unique, or the reverse, and delta in units of each chann
 read its caption. Encoders read the mean over image tokens, so one shift of it is the same at every token; a transformer encoder
 reads tokens, and each has a shift of its own.
 
-Shifts that are judged beside it: none; a *control* of the same length towards a third picture; and *all* of what the encoder
-reads replaced by that of picture j, which bounds what any shift of this kind can do.
+Shifts that are judged beside it: none; *all* of what the encoder reads replaced by that of picture j, which bounds what any shift
+of this kind can do; and for each of shared, unique and all its *control*, as long in the same units, towards a third picture.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from umm_kit.statistics import hierarchical_bootstrap
 from umm_kit.trainers.diva import DIVAConfig, DIVATrainer
 
 FLOW = "understanding"
-SHIFTS = ("none", "shared", "unique", "control", "all")
+JUDGED = ("shared", "unique", "all")
+CONTROLS = {shift: f"control of {shift}" for shift in JUDGED}
+SHIFTS = ("none", *JUDGED, *CONTROLS.values())
 ATTRIBUTES = ("count", "colour", "shape", "size")
 
 
@@ -83,7 +85,7 @@ def move(
         The shift, as h; and ``moved``, the share of the way that the one factor went, ``strayed``, by how much the other factor
         left its place, in units of its distance to that of ``others`` (both of squared distances, means over items).
     """
-    spread = h.flatten(0, -2).std(0).clamp(min=1e-6)
+    spread = spread_of(h)
     with torch.no_grad():
         here, there = encoders({FLOW: h}), encoders({FLOW: others})
 
@@ -104,6 +106,17 @@ def move(
     with torch.no_grad():
         (reach, stray), (start, _), (_, far) = (distances(z) for z in (encoders({FLOW: h + delta}), here, there))
     return delta, {"moved": 1 - float(reach.mean() / start.mean()), "strayed": float(stray.mean() / far.mean())}
+
+
+def spread_of(h: Tensor) -> Tensor:
+    """Of each channel, over items and tokens: the unit of a shift."""
+    return h.flatten(0, -2).std(0).clamp(min=1e-6)
+
+
+def as_long(away: Tensor, delta: Tensor, spread: Tensor) -> Tensor:
+    """Shifts in the directions of ``away``, each as long as that of ``delta`` for the same item, in units of spread."""
+    squares = [(v / spread).square().sum(tuple(range(1, v.ndim)), True) for v in (delta, away)]
+    return away * (squares[0] / squares[1]).sqrt()
 
 
 def values(objects: Sequence[Any]) -> dict[str, Counter]:
@@ -174,20 +187,18 @@ def judge(model: Any, encoders: FactorEncoders, preset: Preset, seed: int) -> di
     deltas, found = {"none": torch.zeros_like(h), "all": h[other] - h}, {}
     for which in ("shared", "unique"):
         deltas[which], found[which] = move(encoders, h, h[other], which, preset.steps, preset.weight)
-    away = h[third] - h
-    over = tuple(range(1, h.ndim))
-    deltas["control"] = away * (deltas["shared"].square().sum(over, True) / away.square().sum(over, True)).sqrt()
+    deltas |= {control: as_long(h[third] - h, deltas[shift], spread_of(h)) for shift, control in CONTROLS.items()}
     items: dict[str, Any] = {}
     for name in SHIFTS:
         delta = deltas[name] if h.ndim == 3 else deltas[name][:, None]
         result = outcomes(captions(model, images, layer, delta), objects, [objects[int(k)] for k in other])
         items[name] = {a: {w: [None if np.isnan(x) else int(x) for x in v] for w, v in r.items()} for a, r in result.items()}
-        found.setdefault(name, {})["length"] = float((deltas[name] / h.flatten(0, -2).std(0)).square().mean().sqrt())
+        found.setdefault(name, {})["length"] = float((deltas[name] / spread_of(h)).square().mean().sqrt())
     return {"layer": layer, "n": preset.n, "shifts": found, "items": items}
 
 
 def effects(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """By encoder, shift and attribute: shares of captions that moved and that kept, and what the shift moved beyond the control.
+    """By encoder, shift and attribute: shares of captions that moved and that kept, and what the shift moved beyond its control.
 
     ``moved_over_control`` with a 95 % interval over trainings of the encoders, of which it takes two, and pictures (pairs that
     differ in the attribute).
@@ -197,11 +208,12 @@ def effects(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         some = [r["items"] for r in records.values() if r["encoder"] == kind]
         for shift in SHIFTS:
             for a in ATTRIBUTES:
-                mine, control = ([np.array(r[s][a]["moved"], dtype=float) for r in some] for s in (shift, "control"))
+                beside = (shift, CONTROLS.get(shift, shift))
+                mine, control = ([np.array(r[s][a]["moved"], dtype=float) for r in some] for s in beside)
                 kept = [np.array(r[shift][a]["kept"], dtype=float) for r in some]
                 row = {"encoder": kind, "shift": shift, "attribute": a, "runs": len(some), "n": int(np.isfinite(mine[0]).sum())}
                 row |= {"moved": float(np.nanmean(mine)), "kept": float(np.nanmean(kept))}
-                if shift != "control" and len(some) > 1:
+                if shift in CONTROLS and len(some) > 1:
                     differences = [x[np.isfinite(x)] - y[np.isfinite(y)] for x, y in zip(mine, control, strict=True)]
                     e = hierarchical_bootstrap(differences)
                     row |= {"moved_over_control": e.value, "low": e.low, "high": e.high}
@@ -212,7 +224,7 @@ def effects(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     """Does moving a factor move what is said? *Yes* if the interval beyond the control lies above 0, *no* if its upper end is
     below a twentieth, else *undecided*."""
-    rows = frame[frame["shift"].isin(["shared", "unique", "all"])]
+    rows = frame[frame["shift"].isin(JUDGED)]
     said = np.select([rows.low > 0, rows.high < 0.05], ["yes", "no"], "undecided")
     return rows[["encoder", "shift", "attribute", "moved", "kept", "moved_over_control", "low", "high"]].assign(verdict=said)
 

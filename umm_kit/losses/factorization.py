@@ -232,6 +232,10 @@ def gathered(rows: Tensor) -> Tensor:
     return _Gather.apply(rows)  # type: ignore[no-any-return]
 
 
+class NotFinite(ValueError, FloatingPointError):
+    """NaN or infinite numbers among vectors; trainers keep the batch of a FloatingPointError."""
+
+
 def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one precision, at least float32. Called on gathered rows: every process raises, and none waits for another."""
     if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0]:
@@ -239,7 +243,7 @@ def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if len(x) < 2:
         raise ValueError("a batch of one: with no other pair there is nothing to contrast with; expected N >= 2")
     if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
-        raise ValueError("vectors hold NaN or infinite numbers; expected finite ones: the model that made them has diverged")
+        raise NotFinite("vectors hold NaN or infinite numbers; expected finite ones: the model that made them has diverged")
     kind = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return x.to(kind), y.to(kind)
 
@@ -374,7 +378,7 @@ class UniquePenalty:
 
     loss: Float[Tensor, ""]  # to minimise: the contrast, or 0 with zero gradient while not active
     contrast: Float[Tensor, ""]  # Eq. 7 on these pairs, active or not, without gradient
-    held_out: float  # the critic's InfoNCE estimate on those of these pairs it has not met; NaN if fewer than two
+    held_out: float  # the critic's InfoNCE estimate on those of these pairs it has not met; if fewer than two, the last there was
     bound: float  # log of the number of those pairs: held_out cannot exceed it
     active: bool  # held_out >= threshold
 
@@ -392,6 +396,8 @@ class UniqueCritic(nn.Module):
 
     A held-out value below ``threshold`` (.1 nats) means that the critic knows nothing, because the factors are independent
     or because it is poor. Its gradient would then be noise of full size, so the penalty is *inactive*: 0, and it says so.
+    A batch with fewer than two pairs new to the critic says nothing of that: the value before stays. It also shows that the data
+    set fits into the buffer; from then on every fourth anchor, by a hash of its id, is kept out, so that there is a value.
 
     The module keeps its own optimizer, buffer, generator and counts, all in ``state_dict`` (``torch.save``; not safetensors):
     loaded into a critic of the same arguments, it goes on bit for bit. Leave its parameters out of other optimizers. Every
@@ -424,6 +430,7 @@ class UniqueCritic(nn.Module):
             )
         self.batch_size, self.steps, self.warm_up, self.threshold = batch_size, steps, warm_up, threshold
         self.seen = 0  # pairs put into the buffer so far
+        self.last, self.small = (math.nan, math.nan), False  # held-out value with its bound; whether the data fit into the buffer
         with torch.random.fork_rng(devices=[]):  # the same critic on all processes, the caller's generator untouched
             torch.manual_seed(seed)
             self.critic = Critic(size, size)
@@ -434,10 +441,11 @@ class UniqueCritic(nn.Module):
         self.optimizer = torch.optim.AdamW(self.critic.parameters(), lr=learning_rate, weight_decay=1e-2)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"seen": self.seen, "generator": self.generator.get_state(), "optimizer": self.optimizer.state_dict()}
+        state = {"seen": self.seen, "generator": self.generator.get_state(), "optimizer": self.optimizer.state_dict()}
+        return state | {"last": self.last, "small": self.small}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.seen = state["seen"]
+        self.seen, self.last, self.small = state["seen"], state.get("last", self.last), state.get("small", False)
         self.generator.set_state(state["generator"].cpu())
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -450,26 +458,34 @@ class UniqueCritic(nn.Module):
 
         Args:
             x, y: [N, f], unique factors of U and of G, row i of both from the same anchor; this process's rows.
-            ids: [N] integers, one for each anchor: an anchor is not its own negative, nor held out once it is in the buffer.
+            ids: [N] integers, one for each anchor: an anchor is not its own negative, nor held out once it is in the buffer. Of
+                rows with one id, as where two epochs meet, the first counts.
         Raises:
-            ValueError: rows or widths that do not match, NaN, N < 2, ids that repeat.
+            ValueError: rows or widths that do not match, NaN, fewer than two different ids.
         """
         x, y, ids = gathered(x), gathered(y), gathered(ids)
         x, y = _checked(x, y)
         if {x.shape[1], y.shape[1]} != {self.x.shape[1]}:
             raise ValueError(f"vectors are {tuple(x.shape)} and {tuple(y.shape)}; this critic is for {self.x.shape[1]} columns")
-        if ids.shape != x.shape[:1] or ids.is_floating_point() or len(ids.unique()) < len(ids):
-            raise ValueError(f"ids are {tuple(ids.shape)} of {ids.dtype}; expected {len(x)} integers, each once")
+        if ids.shape != x.shape[:1] or ids.is_floating_point():
+            raise ValueError(f"ids are {tuple(ids.shape)} of {ids.dtype}; expected {len(x)} integers")
+        first = ~(ids[:, None] == ids[None]).tril(-1).any(1)
+        x, y, ids = x[first], y[first], ids[first]
+        if len(ids) < 2:
+            raise ValueError(f"all {len(first)} pairs are of anchor {int(ids[0])}; expected two different ones at least")
         # Copies: backward comes after the critic's own steps, which would overwrite weights that it needs.
         frozen = {name: p.detach().clone() for name, p in self.critic.named_parameters()}
         with _full_precision(x):
             scores = torch.func.functional_call(self.critic, frozen, (x.float(), y.float()))
             new = ~torch.isin(ids, self.ids[: self._filled])
             unseen = scores.detach()[new][:, new]
-            met = _both_ways(unseen) if len(unseen) > 1 else None
+            known = len(unseen) < 2
+            met = None if known else _both_ways(unseen)
+            held_out, bound = self.last if met is None else (float(met.estimate), met.bound)
             if self.training:
-                self._learn(x.detach().float(), y.detach().float(), ids)
-        held_out, bound = (math.nan, math.nan) if met is None else (float(met.estimate), met.bound)
+                enter = ((ids.long() * 2654435761 >> 16) % 4 > 0) | (not self.small)
+                self.last, self.small = (held_out, bound), self.small or known
+                self._learn(x.detach().float()[enter], y.detach().float()[enter], ids[enter])
         contrast, active = club(scores), held_out >= self.threshold
         return UniquePenalty(contrast * float(active), contrast.detach(), held_out, bound, active)
 

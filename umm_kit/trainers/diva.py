@@ -29,6 +29,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from umm_kit.losses.factorization import UniqueCritic
-from umm_kit.models.base import scores_of
+from umm_kit.models.base import checksum, scores_of
 from umm_kit.models.factors import FLOWS, FactorEncoders, FactorEncodersConfig, Factors, Readouts, middle_layers
 from umm_kit.records import write_json
 from umm_kit.trainers.base import Stream, UMMTrainer, defaults_of, post_train, run_record, world_mean
@@ -61,6 +62,7 @@ from umm_kit.trainers.variants import DIVAConfig
 logger = logging.getLogger(__name__)
 EXTRAS_FILE = "extras.pt"  # of a checkpoint: critics with their optimizers, and the queue of earlier targets
 _QUIET, _LOUD = 0.01, 0.9  # shares of the gradient below and above which a term is called out
+_FREE = re.compile(r"output_dir|resume|run_name|report_to|disable_tqdm|(logging|log|save|dataloader)_.*")  # may change on resume
 
 
 class _StageTrainer(UMMTrainer):
@@ -74,9 +76,12 @@ class _StageTrainer(UMMTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero() and (self.critics or self.queues):
-            folder.mkdir(parents=True, exist_ok=True)
             state = {"critics": [critic.state_dict() for critic in self.critics], "queues": self.queues}
-            torch.save(state, folder / EXTRAS_FILE)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(state, folder / EXTRAS_FILE)
+            except (OSError, RuntimeError) as error:
+                raise OSError(f"{folder} could not be written ({error}); make room, then go on with --resume True") from error
         super()._save_checkpoint(model, trial)
 
     def _load_extras(self, folder: Path) -> None:
@@ -111,7 +116,7 @@ class DIVATrainer(_StageTrainer):
     same folder). Everything random belongs to the example's number, so a resumed run, and a run on more processes, go on alike.
 
     Raises:
-        ValueError: layers outside the model; a folder of a run with another configuration; fewer than two anchors per batch.
+        ValueError: layers outside the model; a folder of a run with another configuration, model or data.
 
     Example:
         >>> trainer = DIVATrainer(model, DIVAConfig.tiny(output_dir="runs/diva"), uk.Shapes("train"))  # doctest: +SKIP
@@ -125,10 +130,8 @@ class DIVATrainer(_StageTrainer):
             raise ValueError(f"layers {bad} are outside the model, which has layers 1 to {model.num_layers}")
         if encoders is not None and encoders.config.hidden_size != model.hidden_size:
             raise ValueError(f"the encoders read width {encoders.config.hidden_size}, the model has {model.hidden_size}")
-        anchors = args.per_device_train_batch_size * (1 - 1 / args.replay_every if args.replay_every else 1)
-        if args.factors and anchors < 2:
-            raise ValueError("a batch holds fewer than two anchors: InfoNCE has no negative; raise per_device_train_batch_size")
         self.umm, self.layers, self.encoders, self.data = model, layers, encoders, train_dataset
+        self._base: int | None = None  # checksum of the model as it came
         self._given = kwargs.get("callbacks")  # both stages have them
         self._warned: set[tuple[str, int]] = set()
         stage = BackboneStage(model, encoders, layers, args)
@@ -150,12 +153,16 @@ class DIVATrainer(_StageTrainer):
 
     def warm_up(self) -> FactorEncoders:
         """Encoders for the present backbone: finished ones of this folder, or stage 1 from its last checkpoint on."""
+        self._claim_folder()
         folder, config = Path(str(self.args.output_dir)), self.args
         finished = folder / "encoders"
-        if (finished / "config.json").exists():
-            return FactorEncoders.from_pretrained(finished, use_safetensors=True, local_files_only=True).to(config.device)
-        set_seed(config.seed)
         sizes = {"hidden_size": self.umm.hidden_size, "factor_size": config.factor_size, "kind": config.encoder}
+        if (finished / "config.json").exists():
+            found = FactorEncoders.from_pretrained(finished, use_safetensors=True, local_files_only=True)
+            if (came := {name: getattr(found.config, name) for name in sizes}) != sizes:
+                raise ValueError(f"the encoders in {finished} are {came}; expected {sizes}: choose another folder")
+            return found.to(config.device)
+        set_seed(config.seed)
         encoders = FactorEncoders(FactorEncodersConfig(**sizes))
         if config.random_encoders:
             if self.is_world_process_zero():
@@ -213,14 +220,17 @@ class DIVATrainer(_StageTrainer):
         return done
 
     def _claim_folder(self) -> None:
-        """Write the configuration to the folder; refuse one where another configuration began."""
+        """Write configuration, checksum of the model and description of the data to the folder; refuse one where others began."""
         about = Path(str(self.args.output_dir)) / "diva.json"
-        skip = ("output_dir", "logging_dir", "resume", "disable_tqdm", "logging_steps", "save_steps")
-        names = [n for n in type(self.args).__dataclass_fields__ if n not in skip]
+        names = [n for n in type(self.args).__dataclass_fields__ if not _FREE.fullmatch(n)]
         wanted = {n: v for n in names if isinstance(v := getattr(self.args, n), bool | int | float | str | list)}
         defaults = defaults_of(type(self.args))  # type: ignore[arg-type]
         begun = {n: getattr(defaults, n) for n in wanted}  # for options that an earlier release did not have
-        begun = begun | json.loads(about.read_text()) if about.exists() else wanted
+        self._base = checksum(self.umm) if self._base is None else self._base
+        examples = re.sub(" at 0x[0-9a-f]+", "", repr(self.data))[:200]  # an address says nothing of what is in there
+        came: dict[str, Any] = {"model's checksum": self._base, "examples": f"{examples}, {len(self.data)} in all"}
+        wanted |= came
+        begun = begun | came | json.loads(about.read_text()) if about.exists() else wanted
         if changed := [f"{n} {begun.get(n)} (now {v})" for n, v in wanted.items() if begun.get(n) != v]:
             raise ValueError(
                 f"{about.parent} holds a run with another configuration: {', '.join(changed)}; choose another folder"
@@ -233,8 +243,8 @@ class DIVATrainer(_StageTrainer):
         return min(1.0, self.state.global_step / steps) if steps else 1.0
 
     def _targets(self, batch: Mapping[str, Any]) -> list[Factors] | None:
-        """Factors of the averaged model (App. B.2); None: of the model itself, behind the stop-gradient."""
-        if not self.args.shared_weight or self.ema is None or self.args.ema_role != "targets":
+        """Factors of the averaged model (App. B.2); None: of the model itself, where ``stop_gradient`` decides what moves."""
+        if not (self.args.shared_weight and self.args.stop_gradient) or self.ema is None or self.args.ema_role != "targets":
             return None
         stage = self.accelerator.unwrap_model(self.model)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -264,8 +274,10 @@ class DIVATrainer(_StageTrainer):
                 self._enqueue(inputs, targets)
             if self.state.global_step % max(int(self.args.logging_steps), 1) == 0:
                 terms = {**terms, **self._shares(weighted)}
-        loss = torch.stack(list(weighted.values())).sum()
         self.note_parts({**terms, "ramp": torch.tensor(ramp)})
+        loss = torch.stack(list(weighted.values())).sum()
+        if training and config.project_conflicts:
+            loss = self._without_conflict(loss, [weighted[f"{flow}_loss"] for flow in FLOWS])
         outputs = {"loss": loss, **terms}
         return (loss, outputs) if return_outputs else loss
 
@@ -281,6 +293,15 @@ class DIVATrainer(_StageTrainer):
         found = [self._gradient(terms[f"{flow}_loss"]) for flow in FLOWS]
         first, second = ([None if part is None else world_mean(part) for part in gradient] for gradient in found)
         return {f"{flow}_scale": torch.tensor(s) for flow, s in zip(FLOWS, equalising(first, second), strict=True)}
+
+    def _without_conflict(self, loss: Tensor, tasks: Sequence[Tensor]) -> Tensor:
+        """The same number, with the gradient that :func:`projected` makes of those of both tasks."""
+        if self.args.world_size > 1:
+            raise NotImplementedError("project_conflicts runs on one process: gradients are projected before they are averaged")
+        parameters = [p for p in self.umm.parameters() if p.requires_grad]
+        mixed = zip(parameters, projected(*(self._gradient(task) for task in tasks)), strict=True)
+        push = torch.stack([(p * gradient).sum() for p, gradient in mixed if gradient is not None]).sum()
+        return loss.detach() + (push - push.detach())
 
     def _shares(self, weighted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each term's gradient norm over the sum of all terms' (its own share of the push, directions aside), and a warning."""
@@ -302,32 +323,12 @@ class DIVATrainer(_StageTrainer):
             with torch.no_grad():
                 u, g = Flows(self.umm)(batch, self.layers)
                 targets = stage.factors(u, g, batch["anchor"])
-        most = self.args.queue // self.args.world_size  # the queue of all is gathered
+        most = max(1, self.args.queue // self.args.world_size)  # the queue of all is gathered; [-0:] would keep everything
         for k, z in enumerate(targets):
             for flow, new in pooled(z.shared).items():
                 facts = paired(batch["facts"][batch["anchor"]], flow, self.args)
                 old = self.queues.get((k, flow), (new[:0], facts[:0]))
                 self.queues[k, flow] = tuple(torch.cat(p)[-most:] for p in zip(old, (new, facts), strict=True))  # type: ignore[assignment]
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if not self.args.project_conflicts:
-            return super().training_step(model, inputs, num_items_in_batch)
-        if self.args.world_size > 1:
-            raise NotImplementedError("project_conflicts runs on one process: gradients are projected before they are averaged")
-        model.train()
-        batch = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            terms = model(batch, None, [], {})
-        self.note_parts(terms)
-        parameters = [p for p in self.umm.parameters() if p.requires_grad]
-        weights = (self.args.understanding_weight, self.args.generation_weight)
-        losses = [w * terms[f"{flow}_loss"] for w, flow in zip(weights, FLOWS, strict=True)]
-        share = 1 / self.args.gradient_accumulation_steps
-        first, second = (torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses)
-        for p, gradient in zip(parameters, projected(first, second), strict=True):
-            if gradient is not None:
-                p.grad = share * gradient if p.grad is None else p.grad + share * gradient
-        return torch.stack(losses).sum().detach() * share
 
 
 @contextmanager

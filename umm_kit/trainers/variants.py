@@ -69,14 +69,14 @@ class DIVAConfig(PostTrainArguments):
       allow; no averaged copy. It departs from that script where this kit has no other way: factors read the mean over *image*
       tokens, not over all; ramps, schedule, InfoNCE's temperature and weights, CLUB's networks, and stage 1's first half without
       unique factors are the paper's or ours.
-    - "corrected": the paper, but orthogonality without scale (Eq. 9 as printed grows with the fourth power of the factors' scale:
-      it starts at a hundred times the task losses, and shrinking factors satisfies it); pairs that say the same are no negatives
-      of each other (in a small world many do); targets of earlier batches are negatives too (log 48 bounds what 48 anchors can
-      show); and alignment and penalty act on the encoders already. As printed, stage 1 asks only that factors help the tasks, and
-      its unique ones hold much of what both flows share: where the split was planted, .17 of it, against .04 with both terms
-      (``umm-kit reproduce planted``). On frozen encoders, stage 2's penalty can only change the backbone's states. What Eq. 7
-      needs to mean anything, a critic that keeps learning and is silent below .1 nats on pairs new to it, is in "paper" as well;
-      the CLUB of "released" always pushes.
+    - "corrected": the paper, but orthogonality without scale (Eq. 9 as printed grows with the fourth power of the factors'
+      scale: it starts at several hundred times the task losses at factor size 64, and shrinking factors satisfies it); pairs
+      that say the same are no negatives of each other (in a small world many do); targets of earlier batches are negatives too
+      (log 48 bounds what 48 anchors can show); and alignment and penalty act on the encoders already. As printed, stage 1 asks
+      only that factors help the tasks, and its unique ones hold much of what both flows share: where the split was planted, .17
+      of it, against .04 with both terms (``umm-kit reproduce planted``). On frozen encoders, stage 2's penalty can only change
+      the backbone's states. What Eq. 7 needs to mean anything, a critic that keeps learning and is silent below .1 nats on
+      pairs new to it, is in "paper" as well; the CLUB of "released" always pushes.
     """
 
     output_dir: str | None = "runs/diva"
@@ -165,6 +165,14 @@ class DIVAConfig(PostTrainArguments):
             raise ValueError(f"{negative} are negative; expected at least 0")
         if self.replay_every == 1 or self.replay_every < 0:
             raise ValueError(f"replay_every is {self.replay_every}; expected 0 (no replay) or at least 2")
+        anchors = self.per_device_train_batch_size * (1 - 1 / self.replay_every if self.replay_every else 1)
+        if self.factors and anchors < 2:
+            raise ValueError(
+                f"per_device_train_batch_size {self.per_device_train_batch_size} with replay_every {self.replay_every} leaves a "
+                "batch fewer than two anchors, and InfoNCE contrasts at least 2 pairs; raise per_device_train_batch_size"
+            )
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers are {self.layers}; expected each once")
         if self.replay_every and self.per_device_train_batch_size % self.replay_every:
             raise ValueError(
                 f"per_device_train_batch_size {self.per_device_train_batch_size} is not a multiple of replay_every "
@@ -179,6 +187,9 @@ class DIVAConfig(PostTrainArguments):
         for (one, other), why in against.items():
             if getattr(self, one) and getattr(self, other):
                 raise ValueError(f"{one} and {other} are both on, but {why}; choose one")
+        terms = ("shared_weight", "unique_weight", "stage2_orthogonality_weight", "reconstruction_weight")
+        if self.project_conflicts and (beside := [name for name in terms if getattr(self, name)]):
+            raise ValueError(f"project_conflicts mixes the two task losses alone, but {beside} are above 0; set these to 0")
         if self.bag_of_words and self.injection != "crosswise":
             raise ValueError(f"bag_of_words stands for what crosswise injection leaks, but injection is {self.injection!r}")
         super().__post_init__()
@@ -191,8 +202,8 @@ class DIVAConfig(PostTrainArguments):
     @classmethod
     def tiny(cls, **changes: Any) -> DIVAConfig:
         """Minutes on a laptop, for 4 to 12 layers: fewer steps at higher rates, a rank fit for a small vocabulary, and the
-        orthogonality without scale (Eq. 9 as printed starts at a hundred times the task losses). Options in which another
-        variant differs from the paper stay as that variant has them."""
+        orthogonality without scale (Eq. 9 as printed starts at several hundred times the task losses at factor size 64). Options
+        in which another variant differs from the paper stay as that variant has them."""
         small: dict[str, Any] = dict(stage1_steps=200, stage1_learning_rate=1e-3, stage1_warmup_steps=20, rank=8, factor_size=32)
         small |= dict(orthogonality="overlap")
         small |= dict(max_steps=300, learning_rate=3e-4, warmup_steps=30, ema_decay=0.99, save_steps=100)
