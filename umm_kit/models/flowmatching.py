@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from umm_kit.losses.preference import velocity_score
 from umm_kit.models.base import MASK_RATIO, Decoding, Draws, FlowOutput, as_layers, check_batch, choose_mask
 from umm_kit.models.latents import LatentTokenizer, LatentTokenizerConfig
 from umm_kit.models.omni import Block, OmniUMM
@@ -216,7 +215,7 @@ class FlowUMM(Draws, OmniUMM):
             level, noise = self._drawn_from(1, [own])  # the same for every image
             level, noise = level.expand(len(codes)), noise.expand_as(codes)
             v = self._velocity(*self._noisy(codes, all_hidden, level, noise), ids)[0].float()
-            terms.append(velocity_score(v, noise - codes) / 2)
+            terms.append(-(v - (noise - codes)).square().sum((1, 2)) / 2)
         return torch.stack(terms).mean(0)
 
     @classmethod
