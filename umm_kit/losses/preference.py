@@ -125,6 +125,7 @@ def velocity_score(predicted: Float[Tensor, "B ..."], target: Float[Tensor, "B .
 
     -|| v(x_t, t) - (x_1 - x_0) ||^2  under one time t in [.02, 1] and one noise, the same for policy and reference, chosen and
     rejected. With t uniform it is a reweighted surrogate of the likelihood's bound, and not the bound (Wallace et al. 2024).
+    ``FlowUMM.image_log_prob`` is half of it, averaged over draws: there a beta weighs half as much.
 
     Raises:
         ValueError: shapes differ.
