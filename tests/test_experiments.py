@@ -94,7 +94,8 @@ def test_headroom_has_limits_on_both_sides():
     items = {"caption_f1": [0.8, 0.9], "generation": [0.0, 0.2]}
     joint = [made("joint", items, seed=1), made("joint", {**items, "caption_f1": [1.0, 0.9]}, seed=2)]
     frame = atlas.headroom(ledgers([*joint[:1], {**joint[1], "name": "other"}, made("generation", items)]))
-    assert frame.headroom.tolist() == ["yes", "too weak", "no room", "too weak"] and frame.value.tolist()[:2] == pytest.approx([0.85, 0.1])
+    assert frame.headroom.tolist() == ["yes", "too weak", "no room", "too weak"]
+    assert frame.value.tolist()[:2] == pytest.approx([0.85, 0.1])
 
 
 def test_a_planted_predictor_is_found():

@@ -234,12 +234,13 @@ def run_name(arm: str, base: str, seed: int | None) -> str:
 
 
 def content_of(config: Any, trainer: Any, started: float, arm: Arm) -> dict[str, Any]:
-    """What a run was: changes, steps, rate, processor seconds since ``started``, and the end of its log."""
+    """What a run was: changes, steps, rate, processor seconds since ``started``, the end of its log, every round's rollouts."""
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    log = [entry for entry in log[:-3] if "rollout_mean" in entry] + log[-3:]
     return {
         "changes": dict(arm.changes), "steps": config.max_steps, "learning_rate": config.learning_rate, "seed": config.seed,
         "processor_seconds": round(time.process_time() - started, 1),
-        "log": [{k: round(v, 5) if isinstance(v, float) else v for k, v in entry.items()} for entry in log[-3:]],
+        "log": [{k: round(v, 5) if isinstance(v, float) else v for k, v in entry.items()} for entry in log],
     }  # fmt: skip
 
 
