@@ -219,8 +219,8 @@ if PRESET == "full":
 
 # %% [markdown]
 # **What you should see.** The cosine itself hardly falls, which looks like nothing was lost; but two texts that have nothing to
-# do with each other have nearly as much. Measured above that floor, cycle by cycle as survival is, it does fall, by about
-# half as much as survival: a cosine may warn, but not without its floor, and it is no measure of what was kept. There is no
+# do with each other have nearly as much. Measured above that floor, cycle by cycle as survival is, it does fall, though by
+# less than survival: a cosine may warn, but not without its floor, and it is no measure of what was kept. There is no
 # private code: what the model reads in its pictures is what the oracle reads.
 #
 # **If you see something else.** After training on its own judgement (notebook 04's preference) a private code is just what
@@ -304,11 +304,12 @@ uk.expect(gain.sft_high["generation"], high=0, n=2052, claim="it draws fewer pro
 
 # %% [markdown]
 # **What you should see.** Nothing keeps more: survival of every arm is undecided, against the base and against fine-tuning,
-# and the design could have told a gain of about .03 (*detectable*). But there is a price: LatentUMM draws seven points fewer
-# prompts right, and DPO alone as much: the preference is the part to look at. By its own lights it succeeds: a frozen copy of
-# the model finds the prompts more easily in the drawings of the second round than of the first (-1.08 against -1.30 nats per
-# word on one model, -1.28 against -1.62 on another, in the logs of these runs). An oracle does not. A model that is its own
-# judge learns what its judge likes; and DPO moves chosen and rejected apart while *both* become less likely (`chosen_shift`).
+# and the design could have told a gain of about .045 (*detectable*). But there is a price: LatentUMM draws eight points fewer
+# prompts right than fine-tuning, and DPO alone seven: the preference is the part to look at. By its own lights it succeeds: a
+# frozen copy of the model finds the prompts more easily in the drawings of the second round than of the first (-1.08 against
+# -1.30 nats per word on one model, -1.28 against -1.62 on another, in the logs of these runs). An oracle does not. A model
+# that is its own judge learns what its judge likes; and DPO moves chosen and rejected apart while *both* become less likely
+# (`chosen_shift`).
 #
 # **If you see something else.** Records are data: this figure is the same on every machine. `umm-kit reproduce latentumm` trains
 # and judges whatever has no record.
