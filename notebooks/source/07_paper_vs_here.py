@@ -202,8 +202,9 @@ uk.expect(last.high, high=1, n=int(last.n), claim="after all cycles less survive
 
 # %% [markdown]
 # **What you should see.** The premise holds: survival falls below 1 in the first cycle and goes on falling. But not as a law
-# of equal losses: what captions do not say (places) goes at once, the rest slowly. What LatentUMM's training does about it
-# has no record yet; notebook 04 shows what its released losses do when they are minimised (collapse, or spread).
+# of equal losses: what captions do not say (places) goes at once, the rest slowly. Whether LatentUMM's
+# training stops it is undecided after one training seed, and it draws worse (notebook 05, section 7); notebook 04 shows what its
+# released losses do when they are minimised (collapse, or spread).
 #
 # **If you see something else.** The figure is drawn from `figures/data/drift.json`, which names its command. Other models
 # drift faster: `umm-kit drift tiny-tight-0 --texture none`.
