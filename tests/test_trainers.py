@@ -266,7 +266,9 @@ def test_muon_adamw_is_both_applied_apart():
             [part.zero_grad() for part in self.parts]
 
     descend(Apart(), [*o2, *m2], 5)
-    assert all(torch.equal(a, b) for a, b in zip([*m1, *o1], [*m2, *o2], strict=True))
+    assert torch.equal(o1[0], o2[0])
+    for mine, theirs, start in zip(m1, m2, parameters()[0], strict=True):  # torch's computes in bfloat16: 8 bits
+        assert (mine - theirs).norm() < 0.02 * (mine - start).norm()
     assert not torch.equal(m1[0], parameters()[0][0]) and not torch.equal(o1[0], parameters()[1][0])
 
 
@@ -364,15 +366,12 @@ def test_run_record_holds_lists_that_were_changed(tmp_path):
 
 
 def test_pinned_trajectory(whole):
-    """The losses of a short run, as they were when they were last looked at; refresh: delete the file, run this test.
-
-    The orthogonalization inside Muon works in bf16, which processors round differently: hence the tolerance.
-    """
+    """The losses of a short run, as they were when they were last looked at; refresh: delete the file, run this test."""
     found = {f"{step} {name}": value for (step, name), value in losses(whole).items()}
     if not TRAJECTORY.exists():
         write_json(TRAJECTORY, found)
         pytest.fail(f"wrote {TRAJECTORY.name}; look at it, and commit it")
-    assert found == pytest.approx(json.loads(TRAJECTORY.read_text()), abs=3e-3)
+    assert found == pytest.approx(json.loads(TRAJECTORY.read_text()), abs=1e-3)
 
 
 def test_an_untrained_model_starts_at_chance(whole, tokenizer_folder):
@@ -504,9 +503,8 @@ def test_resume_after_kill_9(whole, tokenizer_folder, tmp_path, train_command):
 @pytest.mark.distributed
 def test_one_and_two_processes_agree(tokenizer_folder, tmp_path, train_command):
     """The same global batch, whole on one process or halved on two, is the same run to 1e-5 (measured: 1e-6)."""
-    chosen = dict(muon=False)  # Muon is compared below
-    train(PretrainConfig(**options(tmp_path / "one", tokenizer_folder, **chosen)))
-    done = train_command("masked", 2, **options(tmp_path / "two", tokenizer_folder, **HALVES, **chosen))
+    train(PretrainConfig(**options(tmp_path / "one", tokenizer_folder)))
+    done = train_command("masked", 2, **options(tmp_path / "two", tokenizer_folder, **HALVES))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2  # as torch.distributed counted them
     assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=1e-5)
@@ -521,9 +519,8 @@ def test_two_processes_resume_after_kill_9(whole, tokenizer_folder, tmp_path, tr
     program.write_text(KILLED)
     done = train_command("masked", 2, **options(tmp_path / "two", tokenizer_folder, **HALVES))
     assert done.returncode == 0, done.stderr[-2000:]
-    # Muon orthogonalizes in bf16, which turns the last bit of a sum into one of 2^-8: its losses agree to 1e-4 only.
     one, two = losses(whole), losses(tmp_path / "two")
-    assert one.keys() == two.keys() and max(abs(one[k] - two[k]) for k in one) < 1e-3
+    assert one.keys() == two.keys() and max(abs(one[k] - two[k]) for k in one) < 1e-4
 
     chosen = options(tmp_path / "killed", tokenizer_folder, **HALVES)
     died = train_command("masked", 2, program, **chosen)

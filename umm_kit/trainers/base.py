@@ -82,6 +82,29 @@ class PostTrainArguments(UMMArguments):
         super().__post_init__()
 
 
+class Muon(torch.optim.Muon):
+    """torch's, but that its Newton-Schulz steps compute in float32 on a processor, which may be slow in bfloat16."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if any(p.is_cuda for group in self.param_groups for p in group["params"]):
+            super().step(closure)
+            return
+        for group in self.param_groups:
+            a, b, c = group["ns_coefficients"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(momentum, group["momentum"])
+                x = x.T if len(p) > p.shape[1] else x
+                x = x / x.norm().clamp(min=group["eps"])
+                for _ in range(group["ns_steps"]):
+                    gram = x @ x.T
+                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+                rate = group["lr"] * 0.2 * max(p.shape) ** 0.5  # of match_rms_adamw
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(x.T if len(p) > p.shape[1] else x, alpha=rate)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) on hidden matrices and AdamW on the rest, behind one optimizer's face.
 
@@ -102,7 +125,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.views = [(p, nn.Parameter(p.detach().view(len(p), -1))) for p in matrices]
         if matrices:
             flat = [view for _, view in self.views]
-            self.parts.append(torch.optim.Muon(flat, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(flat, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         super().__init__([{"params": [*others, *matrices]}], {"lr": lr})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
