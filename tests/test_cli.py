@@ -73,6 +73,25 @@ def test_a_part_of_an_experiment_is_k_of_m(part, capsys):
     assert f"--part is {part!r}; expected K/M" in capsys.readouterr().err
 
 
+def test_experiments_take_other_seeds_and_arms(monkeypatch, tmp_path, capsys):
+    from umm_kit.experiments import diva, planted
+
+    seen = []
+    for module in (planted, diva):
+        monkeypatch.setattr(module, "run", lambda preset, *rest: seen.append(preset))
+    assert cli.main(["reproduce", "planted", "--preset", "tiny", "--seeds", "7", "8"]) == 0
+    assert cli.main(["reproduce", "diva", "--arms", "sft_all", "diva", "--seeds", "5"]) == 0
+    assert seen[0].seeds == (7, 8) and seen[0].steps == planted.PRESETS["tiny"].steps
+    assert (seen[1].seeds, seen[1].few_seeds, seen[1].arms) == ((5,), (5,), ("sft_all", "diva"))
+    assert diva.PRESETS["tiny"].seeds == (0, 1, 2, 3), "the preset itself is as it was"
+    for what, option in (("diva-tuning", "seeds"), ("frontier", "seeds"), ("atlas", "arms")):
+        assert cli.main(["reproduce", what, f"--{option}", "7"]) == 2
+        assert f"--{option} does not apply to {what}" in capsys.readouterr().err
+    file = str(tmp_path / "f.jsonl")
+    assert cli.main(["reproduce", "families", "--seeds", "3", "--records", file, "--runs", str(tmp_path)]) == 2
+    assert "no masked model of this recipe is shipped for seed [3]" in capsys.readouterr().err
+
+
 def test_a_users_mistake_is_one_line_and_a_traceback_on_demand(tmp_path, capsys):
     argv = ["reproduce", "--notebooks", str(tmp_path)]
     assert cli.main(argv) == 2

@@ -120,11 +120,11 @@ def test_spearman_interval_by_hand():
 @pytest.mark.slow
 def test_the_tiny_atlas_runs_and_resumes(tmp_path):
     tiny = atlas.PRESETS["tiny"]
-    said = atlas.run("tiny", tmp_path / "atlas.jsonl", tmp_path / "runs", (1, 2))
+    said = atlas.run(tiny, tmp_path / "atlas.jsonl", tmp_path / "runs", (1, 2))
     done = Ledger(tmp_path / "atlas.jsonl").records()
     assert len(done) == len(list(tiny.runs())) // 2
     stamp = (tmp_path / "atlas.jsonl").read_bytes()
-    assert said == atlas.run("tiny", tmp_path / "atlas.jsonl", tmp_path / "runs", (1, 2))
+    assert said == atlas.run(tiny, tmp_path / "atlas.jsonl", tmp_path / "runs", (1, 2))
     assert (tmp_path / "atlas.jsonl").read_bytes() == stamp, "what is there is not run again"
     joint = next(r for r in done.values() if r["task"] == "joint")
     assert {"gradients", "residual"} <= {row[0] for row in joint["diagnosis"]["data"]}

@@ -145,21 +145,20 @@ def test_tuning_and_arms_run_and_resume(tmp_path, monkeypatch):
     settings = {"stage1_steps": 2, "max_steps": 2, "per_device_train_batch_size": 8, "warmup_steps": 0, "factor_size": 8}
     small = replace(TINY, bases=(str(base),), seeds=(0,), rates=(1e-4,), arms=("sft_middle", "diva"))
     small = replace(small, n=8, n_prompts=1, n_tuning=8, settings=settings)
-    monkeypatch.setitem(diva.PRESETS, "seconds", small)
     arms = {name: diva.ARMS[name] for name in ("sft_middle", "diva", "no_unique")}
     study = replace(diva.STUDY, arms=arms, causes=("no_unique",))
     records = tmp_path / "diva.jsonl"
     with pytest.raises(ValueError, match="diva-tuning"):
-        study.run("seconds", records, tmp_path / "runs")
-    study.tune("seconds", tmp_path / "diva-tuning.jsonl", tmp_path / "tuning")
+        study.run(small, records, tmp_path / "runs")
+    study.tune(small, tmp_path / "diva-tuning.jsonl", tmp_path / "tuning")
     tuning = Ledger(tmp_path / "diva-tuning.jsonl").records()
     assert len(tuning) == 2 * len(study.tuned(small)) + 2, "costs, trials, the base, and one cause"
-    study.run("seconds", records, tmp_path / "runs")
+    study.run(small, records, tmp_path / "runs")
     done = Ledger(records).records()
     assert set(done) == {"base-0, base", "base-0, sft_middle, seed 0", "base-0, diva, seed 0"}
     assert done["base-0, diva, seed 0"]["steps"] == 2 and done["base-0, sft_middle, seed 0"]["steps"] > 2
     stamp = records.read_bytes()
-    study.run("seconds", records, tmp_path / "runs")
+    study.run(small, records, tmp_path / "runs")
     assert records.read_bytes() == stamp, "what is there is not run again"
 
 
@@ -169,9 +168,9 @@ def test_core_arms_have_every_seed_and_come_seed_by_seed():
     assert runs[:2] == [("base", "a", None), ("base", "b", None)]
     assert [seed for *_, seed in runs[2:]] == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
     assert {arm for arm, *_ in runs[2:10]} == {"sft_middle", "diva"} and {arm for arm, *_ in runs[10:]} == {"pcgrad"}
-    few = diva.STUDY.only(["diva", "pcgrad"])
-    assert {arm for arm, *_ in few.runs(few.presets["tiny"])} == {"base", "diva", "pcgrad"}
-    assert few.tuned(few.presets["tiny"]) == ("diva", "pcgrad")
+    few = replace(TINY, arms=("diva", "pcgrad"))
+    assert {arm for arm, *_ in diva.STUDY.runs(few)} == {"base", "diva", "pcgrad"}
+    assert diva.STUDY.tuned(few) == ("diva", "pcgrad")
     with pytest.raises(ValueError, match="no arm sftt; expected some of sft_all"):
-        diva.STUDY.only(["diva", "sftt"])
+        diva.STUDY.runs(replace(TINY, arms=("diva", "sftt")))
     assert len(diva.STUDY.runs(TINY)) == 3 + 4 * 3 * len(diva.STUDY.core) + 3 * (len(diva.ARMS) - len(diva.STUDY.core))

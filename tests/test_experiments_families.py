@@ -50,12 +50,11 @@ def test_what_is_matched(family, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_families_are_trained_judged_and_not_run_again(tmp_path, monkeypatch):
-    monkeypatch.setitem(families.PRESETS, "seconds", SMALL)
     file = tmp_path / "families.jsonl"
-    said = families.run("seconds", file, tmp_path / "runs")
+    said = families.run(SMALL, file, tmp_path / "runs")
     done = Ledger(file).records()
     assert set(done) == {f"{family}, seed {seed}" for family in SMALL.families for seed in SMALL.seeds}
     assert "survival" in said and set(done["autoregressive, seed 100"]["items"]) == set(families.METRICS)
     stamp = file.read_bytes()
-    families.run("seconds", file, tmp_path / "runs")
+    families.run(SMALL, file, tmp_path / "runs")
     assert file.read_bytes() == stamp

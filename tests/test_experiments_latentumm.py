@@ -73,9 +73,9 @@ def test_arms_run_and_resume(tmp_path):
     small = replace(TINY, bases=(base,), seeds=(0,), rates=(1e-4,), arms=("sft", "dpo"), settings=settings)
     small = replace(small, n=8, n_prompts=1, n_tuning=8, n_drift=8, n_drift_tuning=8, cycles=1)
     arms = {name: latentumm.ARMS[name] for name in ("sft", "latentumm", "dpo")}
-    study = replace(latentumm.STUDY, arms=arms, presets={"seconds": small})
-    study.tune("seconds", tmp_path / "latentumm-tuning.jsonl", tmp_path / "tuning")
-    study.run("seconds", tmp_path / "latentumm.jsonl", tmp_path / "runs")
+    study = replace(latentumm.STUDY, arms=arms)
+    study.tune(small, tmp_path / "latentumm-tuning.jsonl", tmp_path / "tuning")
+    study.run(small, tmp_path / "latentumm.jsonl", tmp_path / "runs")
     done = Ledger(tmp_path / "latentumm.jsonl").records()
     assert set(done) == {"tiny-tight-0, base", "tiny-tight-0, sft, seed 0", "tiny-tight-0, dpo, seed 0"}
     assert {"survival", "told", "distinct"} < set(done["tiny-tight-0, dpo, seed 0"]["items"])

@@ -51,12 +51,12 @@ def test_a_frontier_of_seconds(tmp_path, monkeypatch):
         bases.append(str(tmp_path / f"base-{k}"))
     settings = {"stage1_steps": 2, "max_steps": 2, "per_device_train_batch_size": 8, "warmup_steps": 0, "factor_size": 8}
     arms = replace(diva.PRESETS["tiny"], bases=tuple(bases), seeds=(100,), rates=(1e-4,), settings=settings)
-    monkeypatch.setitem(frontier.PRESETS, "seconds", frontier.Preset(arms, ratios=(0.5,), n=8))
+    small = frontier.Preset(arms, ratios=(0.5,), n=8)
     tuning = Ledger(tmp_path / "diva-tuning.jsonl")
     for name in ("sft_middle", "diva"):
         tuning.add(f"cost of {name}", {"processor_seconds": 1})
         tuning.add(comparison.tuning_name(name, 1e-4), {"means": {"understanding": 0, "generation": 0}})
-    said = frontier.run("seconds", tmp_path / "frontier.jsonl", tmp_path / "runs")
+    said = frontier.run(small, tmp_path / "frontier.jsonl", tmp_path / "runs")
     records = Ledger(tmp_path / "frontier.jsonl").records()
     assert len(records) == 6 and "Is DIVA's frontier below" in said
     changes = next(r for r in records.values() if r["arm"] == "diva")["changes"]

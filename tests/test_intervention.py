@@ -1,6 +1,5 @@
 """Interventions: shifts of known effect, outcomes by hand, and one run of seconds."""
 
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,12 +131,11 @@ def test_a_run_of_seconds(tmp_path, model, monkeypatch):
         model=str(tmp_path / "model"), encoders=("transformer", "gated"), seeds=(0,), n=12, steps=3,
         settings={"stage1_steps": 2, "per_device_train_batch_size": 8, "use_cpu": True, "stage1_warmup_steps": 1},
     )  # fmt: skip
-    monkeypatch.setitem(intervention.PRESETS, "small", replace(small))
-    said = intervention.run("small", tmp_path / "r.jsonl", tmp_path / "runs")
+    said = intervention.run(small, tmp_path / "r.jsonl", tmp_path / "runs")
     records = Ledger(tmp_path / "r.jsonl").records()
     assert len(records) == 2 and "strayed" in said
     for record in records.values():
         for shift, control in intervention.CONTROLS.items():
             lengths = [record["shifts"][name]["length"] for name in (shift, control)]
             assert lengths[0] == pytest.approx(lengths[1], rel=1e-4)
-    assert intervention.run("small", tmp_path / "r.jsonl", tmp_path / "runs") == said
+    assert intervention.run(small, tmp_path / "r.jsonl", tmp_path / "runs") == said

@@ -127,11 +127,11 @@ def test_a_better_arm_is_not_told_apart():
 def test_the_tiny_preset_runs_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(planted, "ARMS", {name: planted.ARMS[name] for name in (planted.METHOD, "fixed_critic")})
     path = tmp_path / "planted.jsonl"
-    planted.run("tiny", path, tmp_path, (1, 2))
+    planted.run(TINY, path, tmp_path, (1, 2))
     assert list(Ledger(path).records()) == ["method, seed 0"]
-    said = planted.run("tiny", path, tmp_path)
+    said = planted.run(TINY, path, tmp_path)
     assert len(Ledger(path).records()) == 2 and "fixed_critic" in said
     stamp = path.read_bytes()
-    assert planted.run("tiny", path, tmp_path) == said and path.read_bytes() == stamp
+    assert planted.run(TINY, path, tmp_path) == said and path.read_bytes() == stamp
     frame = planted.frame_of(Ledger(path).records())
     assert set(frame.quantity) == {"recovery", "leakage", "overlap"} and np.isfinite(frame.r).all()

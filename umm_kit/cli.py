@@ -11,6 +11,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--records", type=Path, metavar="FILE.jsonl", help="of an experiment (default: experiments/WHAT.jsonl)")
     sub.add_argument("--runs", default="runs", metavar="FOLDER", help="of an experiment's models (default: %(default)s)")
     sub.add_argument("--arms", nargs="+", metavar="ARM", help="of diva and latentumm, and their tuning: only these")
+    sub.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of an experiment's trainings, for those of the preset")
     sub.add_argument("--part", default="1/1", metavar="K/M", help="every M-th run, from the K-th: M processes share the work")
 
     sub = command(notebooks, folder)
@@ -415,11 +417,14 @@ def reproduce(args: argparse.Namespace) -> int:
     if len(part) != 2 or not 1 <= part[0] <= part[1]:
         raise ValueError(f"--part is {args.part!r}; expected K/M with 1 <= K <= M, such as 1/2")
     records = args.records or Path("experiments") / f"{args.what}.jsonl"
-    if args.arms:
-        if not hasattr(experiment, "STUDY"):
-            raise ValueError(f"--arms is for diva and latentumm; {args.what} has none")
-        experiment = experiment.STUDY.only(args.arms)
-    print(getattr(experiment, function)(preset, records, Path(args.runs) / args.what, (part[0], part[1])))
+    chosen = experiment.PRESETS[preset]
+    for option, names in (("arms", ("arms",)), ("seeds", ("seeds", "few_seeds"))):
+        if given := getattr(args, option):
+            changed = {name: tuple(given) for name in names if isinstance(getattr(chosen, name, None), tuple)}
+            if not changed or (option, function) == ("seeds", "tune"):  # trials have a seed of their own
+                raise ValueError(f"--{option} does not apply to {args.what}")
+            chosen = replace(chosen, **changed)
+    print(getattr(experiment, function)(chosen, records, Path(args.runs) / args.what, (part[0], part[1])))
     return 0
 
 

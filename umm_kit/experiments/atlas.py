@@ -87,9 +87,9 @@ PRESETS = {
 }
 
 
-def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
+def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
     """Train and score every model of the grid that has no record yet."""
-    chosen, ledger, folder = PRESETS[preset], Ledger(Path(records)), Path(folder)
+    ledger, folder = Ledger(Path(records)), Path(folder)
     tokenizer = folder / "image_tokenizer"
     if not (tokenizer / "config.json").exists():
         load("tiny-masked", device="cpu").image_tokenizer.save_pretrained(tokenizer)
@@ -99,21 +99,21 @@ def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, i
         cell, seed, task = run
         return _what(asdict(cell) | {"seed": seed, "task": task}) in map(_what, ledger.records().values())
 
-    for cell, seed, task in mine(list(chosen.runs()), part, done):
+    for cell, seed, task in mine(list(preset.runs()), part, done):
         understanding, generation = TASKS[task]
         config = PretrainConfig(
             output_dir=str(folder / title(cell, seed, task).replace(", ", "-").replace(" ", "_")),
-            image_tokenizer=str(tokenizer), resume=True, hidden_size=cell.width, num_layers=chosen.layers,
-            num_heads=chosen.heads, max_steps=cell.steps, warmup_steps=min(100, cell.steps // 4), texture=cell.texture,
+            image_tokenizer=str(tokenizer), resume=True, hidden_size=cell.width, num_layers=preset.layers,
+            num_heads=preset.heads, max_steps=cell.steps, warmup_steps=min(100, cell.steps // 4), texture=cell.texture,
             seed=seed, asymmetric=True, eval_strategy="no", disable_tqdm=True, understanding_every=cell.every,
             understanding_weight=understanding, generation_weight=generation,
         )  # fmt: skip
         model = train(config).eval()
         data = Shapes("validation", n=256, seed=seed, nuisance=Nuisance(texture=cell.texture), without=ASYMMETRIC)
         content: dict[str, Any] = {
-            **asdict(cell), "seed": seed, "task": task, "layers": chosen.layers,
+            **asdict(cell), "seed": seed, "task": task, "layers": preset.layers,
             "parameters": model.num_parameters(only_trainable=True),
-            "items": endpoints(model, "validation", chosen.n, chosen.n_prompts, 100, cell.texture, progress=False),
+            "items": endpoints(model, "validation", preset.n, preset.n_prompts, 100, cell.texture, progress=False),
         }  # fmt: skip
         if task == "joint":
             found = diagnose(model, data, mask_ratios=(0.4,), seed=seed, progress=False).frame

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,6 @@ class Study:
     core: Sequence[str]
     rivals: Sequence[str]
     endpoints: Sequence[str]
-    presets: Mapping[str, Preset]
     length: Callable[[Preset], int]
     train: Callable[..., tuple[Any, dict[str, Any]]]
     judge: Callable[..., dict[str, list[float]]]
@@ -101,7 +100,13 @@ class Study:
     more: Callable[[Records], str] = lambda records: ""
 
     def named(self, preset: Preset) -> tuple[str, ...]:
-        """The arms of a preset."""
+        """The arms of a preset, all of them unless it names some.
+
+        Raises:
+            ValueError: one of them is not of the study.
+        """
+        if unknown := sorted(set(preset.arms) - set(self.arms)):
+            raise ValueError(f"no arm {', '.join(unknown)}; expected some of {', '.join(self.arms)}")
         return preset.arms or tuple(self.arms)
 
     def tuned(self, preset: Preset) -> tuple[str, ...]:
@@ -116,36 +121,26 @@ class Study:
         rest = [(arm, base, seed) for arm in names if arm not in self.core for seed in preset.few_seeds for base in preset.bases]
         return [*(("base", base, None) for base in preset.bases), *core, *rest]
 
-    def only(self, arms: Sequence[str]) -> Study:
-        """The same study with presets of some arms.
-
-        Raises:
-            ValueError: an arm is not one of the study.
-        """
-        if unknown := sorted(set(arms) - set(self.arms)):
-            raise ValueError(f"no arm {', '.join(unknown)}; expected some of {', '.join(self.arms)}")
-        return replace(self, presets={name: replace(preset, arms=tuple(arms)) for name, preset in self.presets.items()})
-
     # --- tuning ---
 
-    def tune(self, preset: str, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
+    def tune(self, preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
         """Cost of every arm that is matched in time, then the trials, on the first base, validation items and the tuning seed."""
-        chosen, ledger, folder = self.presets[preset], Ledger(Path(records)), Path(folder)
-        base, seed, middle = chosen.bases[0], chosen.tuning_seed, chosen.rates[len(chosen.rates) // 2]
-        tuned = self.tuned(chosen)
+        ledger, folder = Ledger(Path(records)), Path(folder)
+        base, seed, middle = preset.bases[0], preset.tuning_seed, preset.rates[len(preset.rates) // 2]
+        tuned = self.tuned(preset)
         costly = [self.reference, *(name for name in tuned if self.arms[name].plain)]
         for name in costly if part[0] == 1 else ():  # one after another: what runs beside them would count
             if f"cost of {name}" not in ledger.records():
-                steps = self.length(chosen) if self.arms[name].plain else None
-                _, content = self.train(base, name, chosen, seed, folder / f"cost-{name}", middle, steps)
+                steps = self.length(preset) if self.arms[name].plain else None
+                _, content = self.train(base, name, preset, seed, folder / f"cost-{name}", middle, steps)
                 ledger.add(f"cost of {name}", {"arm": name, **content})
-        wanted = [("base", 0.0), *((name, middle) for name in self.causes), *itertools.product(tuned, chosen.rates)]
+        wanted = [("base", 0.0), *((name, middle) for name in self.causes), *itertools.product(tuned, preset.rates)]
         for name, rate in mine(wanted, part, lambda run: tuning_name(*run) in ledger.records()):
             model, content = load(base, device="cpu"), dict[str, Any]()
             if name != "base":
-                steps = self.matched_steps(ledger.records(), name, chosen)
-                model, content = self.train(base, name, chosen, seed, folder / f"{name}-{rate:g}", rate, steps)
-            items = self.judge(model, "validation", chosen.n_tuning, chosen.n_tuning // 8, seed, chosen)
+                steps = self.matched_steps(ledger.records(), name, preset)
+                model, content = self.train(base, name, preset, seed, folder / f"{name}-{rate:g}", rate, steps)
+            items = self.judge(model, "validation", preset.n_tuning, preset.n_tuning // 8, seed, preset)
             means = {metric: round(float(np.mean(values)), 5) for metric, values in items.items()}
             ledger.add(tuning_name(name, rate), {"arm": name, "rate": rate, **content, "means": means})
         return self.tuning_table(ledger.records()).to_string(index=False, float_format="%.4g")
@@ -189,18 +184,18 @@ class Study:
 
     # --- reported runs ---
 
-    def run(self, preset: str, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
+    def run(self, preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
         """Train and judge every arm from every base with every seed that has no record yet."""
-        chosen, ledger, folder = self.presets[preset], Ledger(Path(records)), Path(folder)
+        ledger, folder = Ledger(Path(records)), Path(folder)
         tuning = Ledger(Path(records).with_name(Path(records).stem + "-tuning.jsonl")).records()
-        for name, base, seed in mine(self.runs(chosen), part, lambda run: run_name(*run) in ledger.records()):
+        for name, base, seed in mine(self.runs(preset), part, lambda run: run_name(*run) in ledger.records()):
             model, content = load(base, device="cpu"), dict[str, Any]()
             if seed is not None:
-                rate = self.arms[name].rate or self.best_rate(tuning, self.arms[name].rate_of, chosen)
-                steps = self.matched_steps(tuning, name, chosen)
+                rate = self.arms[name].rate or self.best_rate(tuning, self.arms[name].rate_of, preset)
+                steps = self.matched_steps(tuning, name, preset)
                 where = folder / f"{Path(base).name}-{name}-{seed}"
-                model, content = self.train(base, name, chosen, seed, where, rate, steps)
-            items = self.judge(model, "test", chosen.n, chosen.n_prompts, 0, chosen)
+                model, content = self.train(base, name, preset, seed, where, rate, steps)
+            items = self.judge(model, "test", preset.n, preset.n_prompts, 0, preset)
             kept = {metric: items[metric] for metric in self.endpoints}
             about = {"arm": name, "base": Path(base).name, "seed": seed}
             ledger.add(run_name(name, base, seed), {**about, **content, "items": kept})

@@ -187,7 +187,6 @@ STUDY = Study(
     core=("diva", "sft_middle", "sft_all"),
     rivals=tuple(name for name, arm in ARMS.items() if name.startswith("sft")),
     endpoints=(*HEADLINES, "understanding_loss", "generation_loss", "understood_of_drawn", "drawn_of_understood"),
-    presets=PRESETS,
     length=length,
     train=post_train,
     judge=judge,

@@ -35,10 +35,10 @@ METRICS = ("understanding_loss", "understanding", "generation", "understood_of_d
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of the models and of what judges them; ``masked`` names a model for each seed."""
+    """Sizes of the models and of what judges them; ``masked``: (seed, shipped model) of the masked family."""
 
     families: tuple[str, ...] = ("masked", "autoregressive", "flow")
-    masked: tuple[str, ...] = ("tiny-tight-0", "tiny-tight-1")
+    masked: tuple[tuple[int, str], ...] = ((100, "tiny-tight-0"), (101, "tiny-tight-1"))
     seeds: tuple[int, ...] = (100, 101)
     width: int = 48
     layers: int = 4
@@ -55,17 +55,23 @@ class Preset:
 PRESETS = {"full": Preset()}
 
 
-def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
-    """Train and judge every family with every seed that has no record yet."""
-    chosen, ledger, folder = PRESETS[preset], Ledger(Path(records)), Path(folder)
-    title = "{}, seed {}".format
-    wanted = [(family, seed) for seed in chosen.seeds for family in chosen.families]
+def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
+    """Train and judge every family with every seed that has no record yet.
+
+    Raises:
+        ValueError: a seed for which there is no masked model.
+    """
+    ledger, folder = Ledger(Path(records)), Path(folder)
+    title, shipped = "{}, seed {}".format, dict(preset.masked)
+    if "masked" in preset.families and (missing := [seed for seed in preset.seeds if seed not in shipped]):
+        raise ValueError(f"no masked model of this recipe is shipped for seed {missing}; expected some of {list(shipped)}")
+    wanted = [(family, seed) for seed in preset.seeds for family in preset.families]
     for family, seed in mine(wanted, part, lambda run: title(*run) in ledger.records()):
         if family == "masked":
-            model = load(chosen.masked[chosen.seeds.index(seed)], device="cpu")
+            model = load(shipped[seed], device="cpu")
         else:
-            model = train(config_of(family, seed, chosen, folder)).eval()
-        ledger.add(title(family, seed), {"arm": family, "base": str(seed), "seed": seed, **judge(model, chosen)})
+            model = train(config_of(family, seed, preset, folder)).eval()
+        ledger.add(title(family, seed), {"arm": family, "base": str(seed), "seed": seed, **judge(model, preset)})
     return summary(ledger.records())
 
 

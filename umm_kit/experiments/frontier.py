@@ -36,17 +36,17 @@ class Preset:
 PRESETS = {"tiny": Preset(replace(diva.PRESETS["tiny"], seeds=(100,)))}
 
 
-def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
+def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
     """Train every arm from every base under every ratio that has no record yet."""
-    chosen, ledger, folder = PRESETS[preset], Ledger(Path(records)), Path(folder)
+    ledger, folder = Ledger(Path(records)), Path(folder)
     tuning = Ledger(Path(records).with_name("diva-tuning.jsonl")).records()
-    runs: list[tuple[str, str, float, int | None]] = [("base", base, 1.0, None) for base in chosen.arms.bases]
+    runs: list[tuple[str, str, float, int | None]] = [("base", base, 1.0, None) for base in preset.arms.bases]
     runs += [
         (arm, base, ratio, seed)
-        for seed in chosen.arms.seeds
-        for ratio in chosen.ratios
+        for seed in preset.arms.seeds
+        for ratio in preset.ratios
         for arm in ARMS
-        for base in chosen.arms.bases
+        for base in preset.arms.bases
     ]
     title = "{1}, {0}, ratio {2:g}, seed {3}".format
     for name, base, ratio, seed in mine(runs, part, lambda run: title(*run) in ledger.records()):
@@ -54,11 +54,11 @@ def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, i
         if seed is not None:
             weights = {"understanding_weight": 2 * ratio / (1 + ratio), "generation_weight": 2 / (1 + ratio)}
             arm = replace(diva.ARMS[name], changes={**diva.ARMS[name].changes, **weights})
-            rate = diva.STUDY.best_rate(tuning, arm.rate_of, chosen.arms)
-            steps = diva.STUDY.matched_steps(tuning, name, chosen.arms)
+            rate = diva.STUDY.best_rate(tuning, arm.rate_of, preset.arms)
+            steps = diva.STUDY.matched_steps(tuning, name, preset.arms)
             where = folder / f"{Path(base).name}-{name}-{ratio:g}-{seed}"
-            model, content = diva.post_train(base, arm, chosen.arms, seed, where, rate, steps)
-        data = Shapes("validation", n=chosen.n, seed=100, nuisance=Nuisance(texture=chosen.arms.texture), without=ASYMMETRIC)
+            model, content = diva.post_train(base, arm, preset.arms, seed, where, rate, steps)
+        data = Shapes("validation", n=preset.n, seed=100, nuisance=Nuisance(texture=preset.arms.texture), without=ASYMMETRIC)
         flows = extract(model, data, layers=[0], seed=100, progress=False)
         assert isinstance(flows, Features)
         items = {f"{flow}_loss": [round(float(v), 4) for v in values] for flow, values in flows.losses.items()}

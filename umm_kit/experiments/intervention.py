@@ -158,18 +158,18 @@ def captions(model: Any, images: Tensor, layer: int, delta: Tensor, batch_size: 
     return said
 
 
-def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
+def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
     """Train encoders (stage 1 of DIVA), shift, and read captions, for every kind and seed that has no record yet."""
-    chosen, ledger = PRESETS[preset], Ledger(Path(records))
+    ledger = Ledger(Path(records))
     title = "{} encoder, seed {}".format
-    wanted = [(kind, seed) for seed in chosen.seeds for kind in chosen.encoders]
+    wanted = [(kind, seed) for seed in preset.seeds for kind in preset.encoders]
     for kind, seed in mine(wanted, part, lambda run: title(*run) in ledger.records()):
-        model = load(chosen.model, device="cpu")
+        model = load(preset.model, device="cpu")
         where = {"output_dir": str(Path(folder) / f"{kind}-{seed}"), "disable_tqdm": True}
-        config = DIVAConfig.tiny(**{**chosen.settings, **where, "encoder": kind, "seed": seed})
+        config = DIVAConfig.tiny(**{**preset.settings, **where, "encoder": kind, "seed": seed})
         encoders = DIVATrainer(model, config, Shapes("train", seed=seed)).warm_up().eval().requires_grad_(False)
-        about = {"encoder": kind, "seed": seed, "model": Path(chosen.model).name}
-        ledger.add(title(kind, seed), {**about, **judge(model, encoders, chosen, seed)})
+        about = {"encoder": kind, "seed": seed, "model": Path(preset.model).name}
+        ledger.add(title(kind, seed), {**about, **judge(model, encoders, preset, seed)})
     return summary(ledger.records())
 
 

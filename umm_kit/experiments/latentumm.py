@@ -127,7 +127,6 @@ STUDY = Study(
         *("survival", "survival_first", "survival_last", "told", "distinct"),
         *("understanding", "generation", "understanding_loss", "generation_loss"),
     ),
-    presets=PRESETS,
     length=length,
     train=post_train,
     judge=judge,

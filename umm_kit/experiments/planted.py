@@ -185,16 +185,16 @@ def score(encoders: FactorEncoders, planted: Planted, permutations: int, seed: i
     return pd.concat([found, pd.DataFrame(rows)], ignore_index=True)
 
 
-def run(preset: str, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
+def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
     """Train and score what has no record yet: every arm with every seed, each another mixing, other words, another start."""
-    chosen, ledger = PRESETS[preset], Ledger(Path(records))
+    ledger = Ledger(Path(records))
     title = "{}, seed {}".format
-    wanted = [(arm, seed) for seed in chosen.seeds for arm in ARMS]
+    wanted = [(arm, seed) for seed in preset.seeds for arm in ARMS]
     for name, seed in mine(wanted, part, lambda run: title(*run) in ledger.records()):
-        planted, said = plant(chosen, seed)
-        encoders = factorize(planted, said, ARMS[name], chosen, seed)
-        found = score(encoders, rows_of(planted, slice(-chosen.held_out, None)), chosen.permutations, seed).round(4)
-        content = {"arm": name, "seed": seed, "settings": {"preset": asdict(chosen), "arm": asdict(ARMS[name])}}
+        planted, said = plant(preset, seed)
+        encoders = factorize(planted, said, ARMS[name], preset, seed)
+        found = score(encoders, rows_of(planted, slice(-preset.held_out, None)), preset.permutations, seed).round(4)
+        content = {"arm": name, "seed": seed, "settings": {"preset": asdict(preset), "arm": asdict(ARMS[name])}}
         ledger.add(title(name, seed), {**content, "rows": found.to_dict("split", index=False)})
     return summary(frame_of(ledger.records()))
 
