@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from families import OWN, small
+from families import OWN, assert_foretold, small
 
 import umm_kit as uk
 from umm_kit.models.autoregressive import AutoregressiveUMM, AutoregressiveUMMConfig
+from umm_kit.models.base import Decoding
 from umm_kit.models.own import DESCRIBE
 from umm_kit.trainers.pretrain import AutoregressiveConfig, PretrainConfig, train
 
@@ -97,3 +98,40 @@ def test_an_unknown_family_is_refused():
         PretrainConfig(family="diffusion")
     with pytest.raises(ValueError, match="not a multiple"):
         AutoregressiveUMMConfig(hidden_size=30, num_heads=4)
+
+
+def test_regenerate_reads_the_codes_that_are_drawn():
+    """Without noise the likeliest codes; with noise, draws: each text's belong to its own generator."""
+    model, texts = small("autoregressive"), ["a red circle", "a blue square"]
+    blank = torch.zeros(2, model.num_image_tokens, dtype=torch.long)
+    greedy = Decoding(temperature=0, guidance=1)
+    codes = model.generate_codes(texts, blank, torch.ones_like(blank, dtype=torch.bool), greedy)
+    batch = {"images": torch.zeros(2, 3, 32, 32), "ids": ["a", "b"], "texts": texts, "codes": codes}
+    read = model.understanding_flow(batch, layers=[1, 3]).hidden_states
+    states = model.regenerate(texts, layers=[1, 3])
+    for layer in (1, 3):
+        torch.testing.assert_close(states[layer], read[layer], atol=1e-5, rtol=1e-4)
+    each = lambda seeds: [torch.Generator().manual_seed(seed) for seed in seeds]  # noqa: E731
+    both, alone = (
+        model.regenerate(texts, [3], generator=each([4, 5]))[3],
+        model.regenerate(texts[1:], [3], generator=each([5]))[3],
+    )
+    torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-4)
+    assert (both - states[3]).abs().max() > 0.01, "noise draws other codes"
+    with pytest.raises(ValueError, match="temperature"):
+        model.regenerate(texts, temperature=0)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_gradient_through_drawing_and_reading(hard):
+    """The codes stay as they were drawn: a small step of the weights changes what y weighs, which the gradient foretells."""
+    model = small("autoregressive").double()
+    weight = model.image_head.of_digit.weight
+
+    def score():
+        return model.regenerate(["a red circle"], [3], temperature=2.0, hard=hard)[3].square().mean()
+
+    gradient = torch.autograd.grad(score(), weight)[0]
+    assert gradient.abs().max() > 0, "the loss reaches the head that draws"
+    if not hard:
+        assert_foretold(score, weight, gradient, step=1e-3, tolerance=2e-3)  # Llama's norms compute in float32

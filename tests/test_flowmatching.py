@@ -1,10 +1,11 @@
 """The third family: what stands for noise, what a velocity is and where it leads, latents, and training by every trainer."""
 
+import copy
 import json
 
 import pytest
 import torch
-from families import small
+from families import assert_foretold, small
 
 import umm_kit as uk
 from umm_kit.models.base import Decoding
@@ -162,3 +163,38 @@ def test_diva_and_preferences_train_it(tmp_path):
     trainer = PreferenceTrainer(model, chosen, uk.Shapes("train", n=64))
     trainer.fit()
     assert trainer.rollouts.drawn.shape == (4, 2, 3, 32, 32) and trainer.state.log_history[0]["preference_loss"] > 0
+
+
+def test_regenerate_reads_one_euler_step(model):
+    texts = ["a red circle", "a blue square"]
+    states = model.regenerate(texts, [0, 3])
+    blank = torch.zeros(2, model.num_image_tokens, model.image_tokenizer.config.latent_channels)
+    hidden = torch.ones(blank.shape[:2])
+    drawn = -model._velocity(blank, hidden, model.pack_captions(texts))[0]
+    batch = {"images": torch.zeros(2, 3, 32, 32), "ids": ["a", "b"], "texts": texts, "codes": drawn}
+    read = model.understanding_flow(batch, layers=[0, 3]).hidden_states
+    for layer in (0, 3):
+        torch.testing.assert_close(states[layer], read[layer], atol=1e-5, rtol=1e-4)
+    each = lambda seeds: [torch.Generator().manual_seed(seed) for seed in seeds]  # noqa: E731
+    both, alone = (
+        model.regenerate(texts, [3], generator=each([4, 5]))[3],
+        model.regenerate(texts[1:], [3], generator=each([5]))[3],
+    )
+    torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="1 generators came for 2 rows"):
+        model.regenerate(texts, generator=each([4]))
+    from umm_kit.data.language import vocabulary_corpus
+
+    apart = FlowUMM.tiny(list(vocabulary_corpus()), separate_encoder=True)
+    with pytest.raises(NotImplementedError, match="--capacity heads"):
+        apart.regenerate(texts)
+
+
+def test_gradient_through_drawing_and_reading(model):
+    exact = copy.deepcopy(model).double()
+    weight = exact.image_head.weight
+
+    def score():
+        return exact.regenerate(["a red circle"], [3], generator=torch.Generator().manual_seed(0))[3].square().mean()
+
+    assert_foretold(score, weight, torch.autograd.grad(score(), weight)[0])

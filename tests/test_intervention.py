@@ -1,6 +1,5 @@
 """Interventions: shifts of known effect, outcomes by hand, and one run of seconds."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, PretrainedConfig, PreTrainedTokenizerFast
 
+from umm_kit.models.base import Decoding, as_layers
 from umm_kit.models.causal import SLOT, CausalUMM
-from umm_kit.models.own import DESCRIBE, CodeTable, OwnUMM
+from umm_kit.models.own import DESCRIBE, CodeTable, OwnUMM, gumbel
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, check_sizes, train_text_tokenizer
 
 
@@ -123,6 +125,42 @@ class AutoregressiveUMM(CausalUMM, OwnUMM):
 
     def code_logits(self, hidden: Tensor) -> Tensor:
         return self.image_head(hidden)
+
+    def regenerate(
+        self,
+        texts: Sequence[str],
+        layers: Sequence[int] | None = None,
+        temperature: float = 1.0,
+        hard: bool = True,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> dict[int, Float[Tensor, "B N d"]]:
+        """Draw each text code by code and read what was drawn, with gradient through both: z -> image -> z_hat.
+
+        Drawing leaves no gradient. One pass over the drawn codes then scores them all: y = softmax((logits + Gumbel noise) /
+        temperature), with the noise that they were drawn with; the image is read from the embeddings that y weighs. ``hard``: the
+        drawn codes in the forward pass, y's gradient in the backward pass (straight-through). A code's gradient reaches its own
+        place alone: what it does to the codes after it is left out.
+
+        Returns:
+            Layer -> states of the drawn image's tokens in the understanding flow.
+        Raises:
+            ValueError: temperature not above 0.
+        """
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; expected above 0")
+        codes = torch.zeros(len(texts), self.num_image_tokens, dtype=torch.long, device=self.device)
+        noise = torch.zeros((*codes.shape, self.codebook_size))
+        if generator is not None:
+            noise = gumbel(noise.shape, generator)
+        noise = noise.to(self.device)
+        codes = self.generate_codes(texts, codes, torch.ones_like(codes, dtype=torch.bool), Decoding(guidance=1), noise=noise)
+        logits = self.code_logits(self._drawing(texts, codes, torch.zeros_like(codes, dtype=torch.bool), [])[0])
+        y = ((logits.to(torch.promote_types(logits.dtype, torch.float32)) + noise) / temperature).softmax(-1)
+        if hard:
+            y = nn.functional.one_hot(codes, self.codebook_size) + y - y.detach()
+        ids, real = self._rows([self.asked("")] * len(texts))
+        drawn = self._embed(ids, y.to(self.dtype) @ self.image_embedding.weight)
+        return self._in_slots(self._run(drawn, real, as_layers(layers, self.num_layers))[1], ids)
 
     # --- packed rows, for training ---
 

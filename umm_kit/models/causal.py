@@ -304,10 +304,12 @@ class CausalUMM(DrawsCodes, nn.Module):
         hidden: Tensor,
         decoding: Decoding = Decoding(),
         generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> Int[Tensor, "B N"]:
         """Fill the hidden positions of ``codes`` [B, N] from left to right: what is shown to the right of one cannot help it.
 
-        Of ``decoding`` only temperature and guidance count. Noise is drawn on the CPU: one seed, one result on any device.
+        Of ``decoding`` only temperature and guidance count. Noise is drawn on the CPU: one seed, one result on any device. With
+        ``noise`` [B, N, K], the code of the largest sum of score and noise is taken.
         """
         from transformers import DynamicCache
 
@@ -323,7 +325,9 @@ class CausalUMM(DrawsCodes, nn.Module):
                 if guided:
                     told, untold = scores.chunk(2)
                     scores = untold + decoding.guidance * (told - untold)
-                if decoding.temperature:
+                if noise is not None:
+                    scores = scores + noise[:, j]
+                elif decoding.temperature:
                     u = torch.rand(scores.shape, generator=generator).to(scores.device).clamp_(1e-9, 1 - 1e-7)
                     scores = scores / decoding.temperature - (-u.log()).log()
                 codes[:, j] = torch.where(hidden[:, j], scores.argmax(-1), codes[:, j])

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from umm_kit.models.base import MASK_RATIO, Decoding, Draws, FlowOutput, as_layers, check_batch, choose_mask
 from umm_kit.models.latents import LatentTokenizer, LatentTokenizerConfig
 from umm_kit.models.omni import Block, OmniUMM
-from umm_kit.models.own import DESCRIBE
+from umm_kit.models.own import DESCRIBE, drawn_by
 from umm_kit.models.tokenizers import check_sizes, train_text_tokenizer
 
 LOWEST = 0.02  # level of noise: below it the target is all noise that no model can see
@@ -166,6 +166,36 @@ class FlowUMM(Draws, OmniUMM):
         error = (v.float() - target).square().mean(-1) * mask
         loss, each = error.sum() / mask.sum(), error.sum(1) / mask.sum(1)
         return FlowOutput(loss, each, states, self.grid, mask=mask, prediction=v, target=target)
+
+    def regenerate(
+        self,
+        texts: Sequence[str],
+        layers: Sequence[int] | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> dict[int, Float[Tensor, "B N d"]]:
+        """Draw each text by one Euler step from noise and read what was drawn, with gradient through both: z -> image -> z_hat.
+
+        x = temperature e, z_hat is read from x - v_model(x, 1, text): the mean of the images that the text may mean, not one of
+        them. Without a generator e = 0. Several generators are one for each text.
+
+        Returns:
+            Layer -> states of the drawn image's tokens in the understanding flow.
+        Raises:
+            NotImplementedError: understanding sees pixels by an encoder of its own; the image tokenizer passes no gradient.
+        """
+        if self.encoder is not None:
+            raise NotImplementedError(
+                "FlowUMM with a separate encoder reads pixels, and its image tokenizer passes no gradient; "
+                "use LatentUMM's --capacity heads, or a model without separate_encoder"
+            )
+        ids = self.pack_captions(texts).to(self.device)
+        x = torch.zeros(len(ids), self.num_image_tokens, self.image_tokenizer.config.latent_channels)
+        if generator is not None:
+            x = temperature * drawn_by(torch.randn, x.shape, generator)
+        x, level = x.to(self.device), torch.ones(x.shape[:2], device=self.device)
+        drawn = x - self._velocity(x, level, ids)[0]
+        return self._read(self._at(drawn, torch.zeros_like(level)), as_layers(layers, self.num_layers))
 
     # --- generate ---
 

@@ -26,17 +26,8 @@ from umm_kit.models.base import (
     token_losses,
 )
 from umm_kit.models.omni import Block, OmniUMM
-from umm_kit.models.own import DESCRIBE, IGNORE, CodeTable
+from umm_kit.models.own import DESCRIBE, IGNORE, CodeTable, gumbel
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, check_sizes, train_text_tokenizer
-
-
-def _uniform(shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
-    """Numbers in [0, 1) on the CPU, from one generator, or from one for each row."""
-    if isinstance(generator, torch.Generator):
-        return torch.rand(tuple(shape), generator=generator)
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators came for {shape[0]} rows; expected one each, or one for all")
-    return torch.stack([torch.rand(tuple(shape[1:]), generator=each) for each in generator])
 
 
 class MaskedUMMConfig(PretrainedConfig):
@@ -164,8 +155,7 @@ class MaskedUMM(DrawsCodes, OmniUMM):
         logits = self.image_head(self._generation(codes, torch.ones_like(codes, dtype=torch.bool), ids)[0])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if generator is not None:
-            u = _uniform(logits.shape, generator).to(logits.device).clamp_(1e-9, 1 - 1e-7)
-            logits = logits - (-u.log()).log()
+            logits = logits + gumbel(logits.shape, generator).to(logits.device)
         y = (logits / temperature).softmax(-1)
         if hard:
             y = nn.functional.one_hot(y.argmax(-1), y.shape[-1]) + y - y.detach()
