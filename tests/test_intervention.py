@@ -123,16 +123,36 @@ def test_verdicts_follow_the_rule(moved, said):
     assert "moved 0.90, strayed 0.10" in intervention.summary(records(moved))
 
 
+def test_audits_are_counted_over_trainings():
+    lines = {"columns": ["flow", "factor", "kind", "z", "r", "low", "high", "wanted", "verdict"]}
+    out = {}
+    for seed, (r, low) in enumerate([(0.9, 0.1), (0.6, -0.1)]):
+        said = "pass" if r >= 0.8 else "fail"
+        shown = lines | {"data": [["understanding", "colour", "shared", "shared", r, r, r, ">= 0.8", said]]}
+        rivals = {"columns": ["method", "separation", "ahead", "low", "high"]}
+        rivals |= {"data": [["encoders", 0.5, None, None, None], ["cca", 0.3, 0.2 - seed * 0.2, low, 0.4]]}
+        out[str(seed)] = {"encoder": "gated", "audit": {"lines": shown, "rivals": rivals}}
+    found = intervention.audits(out).set_index("asked")
+    row = found.loc["shared in shared"]
+    assert row.found == pytest.approx(0.75) and (row.passed, row.of) == (1, 2)
+    row = found.loc["ahead of cca"]
+    assert row.found == pytest.approx(0.1) and (row.passed, row.of) == (1, 2)
+    assert not len(intervention.audits({"t": {"encoder": "transformer"}}))
+
+
 @pytest.mark.slow
 def test_a_run_of_seconds(tmp_path, model, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     small = intervention.Preset(
-        model=str(tmp_path / "model"), encoders=("transformer", "gated"), seeds=(0,), n=12, steps=3,
+        model=str(tmp_path / "model"), encoders=("transformer", "gated"), seeds=(0,), n=12, steps=3, n_audit=100,
         settings={"stage1_steps": 2, "per_device_train_batch_size": 8, "use_cpu": True, "stage1_warmup_steps": 1},
     )  # fmt: skip
     said = intervention.run(small, tmp_path / "r.jsonl", tmp_path / "runs")
     records = Ledger(tmp_path / "r.jsonl").records()
     assert len(records) == 2 and "strayed" in said
+    found = records["gated encoder, seed 0"]["audit"]
+    assert "shuffled pairs" in str(found["rivals"]) and not found["passed"]
+    assert "audit" not in records["transformer encoder, seed 0"], "an audit pools states, and these encoders read tokens"
     for record in records.values():
         for shift, control in intervention.CONTROLS.items():
             lengths = [record["shifts"][name]["length"] for name in (shift, control)]

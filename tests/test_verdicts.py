@@ -52,6 +52,20 @@ def test_a_verdict_follows_its_record(clone, frame):
     assert of(after, drawing).verdict == of(frame, drawing).verdict
 
 
+def test_an_audit_that_passes_once_is_not_reproduced():
+    def audited(passed, r):
+        lines = {"columns": ["flow", "factor", "kind", "z", "r", "low", "high", "wanted", "verdict"]}
+        lines["data"] = [["understanding", "colour", "shared", "unique", r, r, r, "<= 0.2", "pass" if passed else "fail"]]
+        rivals = {"columns": ["method", "separation", "ahead", "low", "high"], "data": [["random", 0.1, 0.1, -0.1, 0.3]]}
+        return {"encoder": "gated", "model": "m", "audit": {"passed": passed, "lines": lines, "rivals": rivals}}
+
+    said = next(verdicts.halves({"a": audited(True, 0.1), "b": audited(False, 0.5)}))
+    assert said.verdict == "not reproduced" and "1 of 2 trainings" in said.evidence
+    assert "shared in unique 0.30 (asked <= 0.2)" in said.evidence and "not always ahead of random" in said.evidence
+    assert next(verdicts.halves({"a": audited(True, 0.1)})).verdict == "reproduced"
+    assert next(verdicts.halves({})).verdict == "not run"
+
+
 def test_a_drift_that_stops_at_the_ceiling_is_none(clone, frame, tmp_path):
     claim = "meaning is lost at modality transitions, and more of it after many cycles than after one"
     assert of(frame, claim).verdict == "reproduced"

@@ -1,6 +1,7 @@
-"""Intervention: if the shared factor of one picture is moved to that of another, what does the model then say it sees?
+"""What do DIVA's encoders hold of a trained model, and if one factor of a picture is moved to another's, what does the model say?
 
-A probe shows what a factor *holds*; whether the model *uses* it takes a change. In the understanding flow, at a middle layer,
+What a factor *holds*, an audit shows (:func:`umm_kit.evaluation.audit.audit`), beside rivals: encoders trained alike, but on
+shuffled pairs, among them. Whether the model *uses* it takes a change. In the understanding flow, at a middle layer,
 find the smallest shift of the states h_i of picture i (Adam on the shift alone; encoders and backbone frozen)
 
     min over delta   |E_a(h_i + delta) - E_a(h_j)|^2 + |E_b(h_i + delta) - E_b(h_i)|^2 + w |delta|^2
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 
 from umm_kit.data.language import parse
 from umm_kit.data.shapes import SceneObject, Shapes
+from umm_kit.evaluation.audit import audit
+from umm_kit.evaluation.known import RIVALS
 from umm_kit.experiments import Ledger, mine
 from umm_kit.features import batches, evaluating
 from umm_kit.models import load
@@ -41,6 +44,13 @@ JUDGED = ("shared", "unique", "all")
 CONTROLS = {shift: f"control of {shift}" for shift in JUDGED}
 SHIFTS = ("none", *JUDGED, *CONTROLS.values())
 ATTRIBUTES = ("count", "colour", "shape", "size")
+#: What stage 1 changes of ``DIVAConfig.tiny``; the last is no encoder to be judged, but a rival in every audit.
+ENCODERS: Mapping[str, Mapping[str, Any]] = {
+    "gated": {},
+    "aligned": {"stage1_alignment": True},
+    "transformer": {"encoder": "transformer"},
+    "shuffled pairs": {"pairs": "shuffled"},
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,8 @@ class Preset:
     """Sizes; ``settings`` go to ``DIVAConfig.tiny``. Each seed is another training of the encoders, on one backbone."""
 
     model: str = "tiny-masked"
-    encoders: tuple[str, ...] = ("gated", "transformer")
+    encoders: tuple[str, ...] = ("gated", "aligned", "transformer")
+    n_audit: int = 4000
     seeds: tuple[int, ...] = (0, 1, 2)
     n: int = 512
     steps: int = 300
@@ -159,18 +170,58 @@ def captions(model: Any, images: Tensor, layer: int, delta: Tensor, batch_size: 
 
 
 def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
-    """Train encoders (stage 1 of DIVA), shift, and read captions, for every kind and seed that has no record yet."""
+    """Train encoders (stage 1 of DIVA), audit them, shift, and read captions, for every kind and seed without a record.
+
+    An audit pools states; encoders that read tokens have none.
+    """
     ledger = Ledger(Path(records))
     title = "{} encoder, seed {}".format
     wanted = [(kind, seed) for seed in preset.seeds for kind in preset.encoders]
     for kind, seed in mine(wanted, part, lambda run: title(*run) in ledger.records()):
         model = load(preset.model, device="cpu")
-        where = {"output_dir": str(Path(folder) / f"{kind}-{seed}"), "disable_tqdm": True}
-        config = DIVAConfig.tiny(**{**preset.settings, **where, "encoder": kind, "seed": seed})
-        encoders = DIVATrainer(model, config, Shapes("train", seed=seed)).warm_up().eval().requires_grad_(False)
-        about = {"encoder": kind, "seed": seed, "model": Path(preset.model).name}
-        ledger.add(title(kind, seed), {**about, **judge(model, encoders, preset, seed)})
+        encoders = stage_one(model, kind, preset, seed, Path(folder))
+        content: dict[str, Any] = {"encoder": kind, "seed": seed, "model": Path(preset.model).name}
+        if encoders.config.kind != "transformer":
+            shuffled = stage_one(model, "shuffled pairs", preset, seed, Path(folder))
+            content["audit"] = judged_split(model, encoders, shuffled, preset, seed)
+        ledger.add(title(kind, seed), {**content, **judge(model, encoders, preset, seed)})
     return summary(ledger.records())
+
+
+def stage_one(model: Any, kind: str, preset: Preset, seed: int, folder: Path) -> FactorEncoders:
+    """Encoders of :data:`ENCODERS`, trained, or those that are finished in the folder."""
+    where = {"output_dir": str(folder / f"{kind.replace(' ', '-')}-{seed}"), "disable_tqdm": True}
+    config = DIVAConfig.tiny(**{**preset.settings, **ENCODERS[kind], **where, "seed": seed})
+    return DIVATrainer(model, config, Shapes("train", seed=seed)).warm_up().eval().requires_grad_(False)
+
+
+def judged_split(model: Any, encoders: FactorEncoders, shuffled: FactorEncoders, preset: Preset, seed: int) -> dict[str, Any]:
+    """The audit of encoders on test scenes: every judged line, and how far ahead of each rival they are."""
+    data = Shapes("test", n=preset.n_audit, seed=seed, image_size=model.image_size)
+    found = audit(encoders, model, data, rivals={**RIVALS, "shuffled pairs": lambda flows, size: shuffled}, seed=seed)
+    lines = found.judged[["flow", "factor", "kind", "z", "r", "low", "high", "wanted", "verdict"]]
+    return {
+        "passed": found.passed, "unjudged": found.unjudged, "n": preset.n_audit,
+        "lines": lines.round(4).to_dict("split", index=False), "rivals": found.rivals.round(4).to_dict("split", index=False),
+    }  # fmt: skip
+
+
+def audits(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """By encoder, over its trainings: lines of the audit by what they ask (mean r; how many pass), and the lead over each rival
+    in separation (its mean; in how many trainings its interval is above 0).
+    """
+    rows = []
+    for kind in dict.fromkeys(r["encoder"] for r in records.values() if "audit" in r):
+        some = [r["audit"] for r in records.values() if r["encoder"] == kind]
+        lines = pd.concat([pd.DataFrame(**a["lines"]) for a in some])
+        for (factors, half), group in lines.groupby(["kind", "z"]):
+            row = {"encoder": kind, "asked": f"{factors} in {half}", "wanted": group.wanted.iloc[0], "found": group.r.mean()}
+            rows.append(row | {"passed": int((group.verdict == "pass").sum()), "of": len(group)})
+        rivals = pd.concat([pd.DataFrame(**a["rivals"]) for a in some])
+        for rival, group in rivals.dropna().groupby("method", sort=False):
+            row = {"encoder": kind, "asked": f"ahead of {rival}", "wanted": "> 0", "found": group.ahead.mean()}
+            rows.append(row | {"passed": int((group.low > 0).sum()), "of": len(group)})
+    return pd.DataFrame(rows, columns=["encoder", "asked", "wanted", "found", "passed", "of"])
 
 
 def judge(model: Any, encoders: FactorEncoders, preset: Preset, seed: int) -> dict[str, Any]:
@@ -237,4 +288,6 @@ def summary(records: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(f"{name}, layer {r['layer']}, {r['n']} pictures: {'; '.join(went)}")
     judged = verdicts(frame) if "low" in frame else frame
     table = judged.to_string(index=False, float_format="%.3f")
-    return "\n".join(lines) + f"\n\nDoes moving a factor move what the model says?\n{table}"
+    said = "\n".join(lines) + f"\n\nDoes moving a factor move what the model says?\n{table}"
+    held = audits(records)
+    return said + (f"\n\nWhat do the halves hold?\n{held.to_string(index=False, float_format='%.2f')}" if len(held) else "")

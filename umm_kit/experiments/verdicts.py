@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from umm_kit.experiments import Ledger, atlas, comparison, diva, frontier, latentumm, planted
+from umm_kit.experiments import Ledger, atlas, comparison, diva, frontier, intervention, latentumm, planted
 
 VERDICTS = ("reproduced", "not reproduced", "undecided", "not run", "not attempted")
 _SAID = {
@@ -64,7 +64,7 @@ def collect(root: str | Path = ".") -> pd.DataFrame:
         return Ledger(root / "experiments" / f"{name}.jsonl").records()
 
     found = [*figure_2(root / "figures/data/diagnosis.json"), *premise(read("atlas")), *split(read("planted"))]
-    found += [*arms(read("diva")), *trade_off(read("frontier"))]
+    found += [*halves(read("intervention")), *arms(read("diva")), *trade_off(read("frontier"))]
     found += [*meaning(root / "figures/data/drift.json"), *stabilized(read("latentumm")), *_NOT_HERE]
     return pd.DataFrame([asdict(v) for v in found]).sort_values("paper", kind="stable", ignore_index=True)
 
@@ -124,6 +124,23 @@ def split(records: Records) -> Iterator[Verdict]:
         f"{row['passed']} of {row['seeds']} mixings"
     )
     yield Verdict(DIVA, "Sec. 3.2", claim, "reproduced" if row["passed"] == row["seeds"] else "not reproduced", found, command)
+
+
+def halves(records: Records) -> Iterator[Verdict]:
+    """Do the halves of a trained model's states hold what they should, as an audit against the truth of the scenes asks?"""
+    claim, command = "in a trained model each half holds what it is named for", "umm-kit reproduce intervention"
+    done = {name: r for name, r in records.items() if r["encoder"] == "gated" and "audit" in r}
+    if not done:
+        yield Verdict(DIVA, "Sec. 3.2", claim, "not run", _NO_RECORD, command)
+        return
+    table, passed = intervention.audits(done), sum(r["audit"]["passed"] for r in done.values())
+    lead = table.asked.str.startswith("ahead of")
+    rows, rivals = (table[which].to_dict("records") for which in (~lead, lead))
+    found = ", ".join(f"{row['asked']} {row['found']:.2f} (asked {row['wanted']})" for row in rows)
+    behind = [row["asked"].removeprefix("ahead of ") for row in rivals if row["passed"] < row["of"]]
+    found += f"; not always ahead of {', '.join(behind)}" if behind else "; ahead of every rival"
+    said = f"on {next(iter(done.values()))['model']} the audit passes in {passed} of {len(done)} trainings: {found}"
+    yield Verdict(DIVA, "Sec. 3.2", claim, "reproduced" if passed == len(done) else "not reproduced", said, command)
 
 
 def arms(records: Records) -> Iterator[Verdict]:
