@@ -14,40 +14,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from umm_kit.models.base import Decoding, as_layers
 from umm_kit.models.causal import SLOT, CausalUMM
-from umm_kit.models.own import DESCRIBE, CodeTable, OwnUMM, gumbel
-from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, check_sizes, train_text_tokenizer
+from umm_kit.models.own import DESCRIBE, CodeTable, OwnUMM, OwnUMMConfig, gumbel
+from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig
 
 
-class AutoregressiveUMMConfig(PretrainedConfig):
-    """Sizes of an :class:`AutoregressiveUMM`; ``image_tokenizer`` is the configuration of its (frozen) image tokenizer."""
-
+class AutoregressiveUMMConfig(OwnUMMConfig):
     model_type = "umm_autoregressive"
-
-    def __init__(
-        self,
-        hidden_size: int = 128,
-        num_layers: int = 10,
-        num_heads: int = 4,
-        mlp_ratio: int = 4,
-        text_vocab_size: int = 128,
-        max_text: int = 96,
-        image_tokenizer: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ):
-        check_sizes(
-            hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, mlp_ratio=mlp_ratio,
-            text_vocab_size=text_vocab_size, max_text=max_text,
-        )  # fmt: skip
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
-        self.hidden_size, self.num_layers, self.num_heads, self.mlp_ratio = hidden_size, num_layers, num_heads, mlp_ratio
-        self.text_vocab_size, self.max_text = text_vocab_size, max_text
-        self.image_tokenizer = image_tokenizer or ImageTokenizerConfig().to_dict()
-        super().__init__(**kwargs)
 
 
 class AutoregressiveUMM(CausalUMM, OwnUMM):
@@ -188,12 +164,3 @@ class AutoregressiveUMM(CausalUMM, OwnUMM):
         tail = torch.tensor([self._special("<generate>"), *[SLOT] * codes.shape[1]], device=ids.device)
         ids = torch.cat([ids, tail.expand(len(ids), -1)], 1)
         return self._draw(ids, ids != self.pad, codes, mask & ~mask.all(1, keepdim=True), layers)
-
-    @classmethod
-    def tiny(cls, corpus: Sequence[str], **sizes: Any) -> AutoregressiveUMM:
-        """An untrained model of a few thousand parameters, for tests and examples."""
-        words = train_text_tokenizer([*corpus, DESCRIBE])
-        small = dict(hidden_size=32, num_layers=3, num_heads=2, mlp_ratio=2)
-        tokenizer = ImageTokenizerConfig(channels=16, depth=1, levels=(4, 4, 4)).to_dict()
-        config = AutoregressiveUMMConfig(**{**small, "image_tokenizer": tokenizer, **sizes}, text_vocab_size=len(words))
-        return cls(config, words).eval()

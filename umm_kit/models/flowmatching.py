@@ -18,49 +18,22 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from umm_kit.models.base import MASK_RATIO, Decoding, Draws, FlowOutput, as_layers, check_batch, choose_mask
 from umm_kit.models.latents import LatentTokenizer, LatentTokenizerConfig
 from umm_kit.models.omni import Block, OmniUMM
-from umm_kit.models.own import DESCRIBE, drawn_by
-from umm_kit.models.tokenizers import check_sizes, train_text_tokenizer
+from umm_kit.models.own import OwnUMMConfig, drawn_by
 
 LOWEST = 0.02  # level of noise: below it the target is all noise that no model can see
 
 
-class FlowUMMConfig(PretrainedConfig):
-    """Sizes of a :class:`FlowUMM`; ``image_tokenizer`` is the configuration of its (frozen) :class:`LatentTokenizer`.
-
-    ``separate_encoder``: understanding sees pixels through an encoder of its own ("decoupled"), not the latents that it draws by.
-    """
+class FlowUMMConfig(OwnUMMConfig):
+    """``separate_encoder``: understanding sees pixels through an encoder of its own ("decoupled"), not the latents of drawing."""
 
     model_type = "umm_flow"
-
-    def __init__(
-        self,
-        hidden_size: int = 128,
-        num_layers: int = 10,
-        num_heads: int = 4,
-        mlp_ratio: int = 4,
-        text_vocab_size: int = 128,
-        max_text: int = 96,
-        attention: str = "auto",
-        separate_encoder: bool = False,
-        image_tokenizer: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ):
-        check_sizes(
-            hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, mlp_ratio=mlp_ratio,
-            text_vocab_size=text_vocab_size, max_text=max_text,
-        )  # fmt: skip
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
-        self.hidden_size, self.num_layers, self.num_heads, self.mlp_ratio = hidden_size, num_layers, num_heads, mlp_ratio
-        self.text_vocab_size, self.max_text, self.attention = text_vocab_size, max_text, attention
-        self.separate_encoder = separate_encoder
-        self.image_tokenizer = image_tokenizer or LatentTokenizerConfig().to_dict()
-        super().__init__(**kwargs)
+    image_tokenizer_config = LatentTokenizerConfig
+    separate_encoder: bool = False
 
 
 class FlowUMM(Draws, OmniUMM):
@@ -73,6 +46,7 @@ class FlowUMM(Draws, OmniUMM):
     """
 
     config_class = FlowUMMConfig
+    small_tokenizer = {"channels": 8, "depth": 1, "latent_channels": 4}
 
     def __init__(self, config: FlowUMMConfig, text_tokenizer: PreTrainedTokenizerFast | None = None):
         super().__init__(config)
@@ -247,12 +221,3 @@ class FlowUMM(Draws, OmniUMM):
             v = self._velocity(*self._noisy(codes, all_hidden, level, noise), ids)[0].float()
             terms.append(-(v - (noise - codes)).square().sum((1, 2)) / 2)
         return torch.stack(terms).mean(0)
-
-    @classmethod
-    def tiny(cls, corpus: Sequence[str], **sizes: Any) -> FlowUMM:
-        """An untrained model of a few thousand parameters, for tests and examples."""
-        words = train_text_tokenizer([*corpus, DESCRIBE])
-        small = dict(hidden_size=32, num_layers=3, num_heads=2, mlp_ratio=2)
-        tokenizer = LatentTokenizerConfig(channels=8, depth=1, latent_channels=4).to_dict()
-        config = FlowUMMConfig(**{**small, "image_tokenizer": tokenizer, **sizes}, text_vocab_size=len(words))
-        return cls(config, words).eval()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from umm_kit.models.base import (
     MASK_RATIO,
@@ -26,39 +26,12 @@ from umm_kit.models.base import (
     token_losses,
 )
 from umm_kit.models.omni import Block, OmniUMM
-from umm_kit.models.own import DESCRIBE, IGNORE, CodeTable, gumbel
-from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, check_sizes, train_text_tokenizer
+from umm_kit.models.own import IGNORE, CodeTable, OwnUMMConfig, gumbel
+from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig
 
 
-class MaskedUMMConfig(PretrainedConfig):
-    """Sizes of a :class:`MaskedUMM`; ``image_tokenizer`` is the configuration of its (frozen) image tokenizer."""
-
+class MaskedUMMConfig(OwnUMMConfig):
     model_type = "umm_masked"
-
-    def __init__(
-        self,
-        hidden_size: int = 128,
-        num_layers: int = 10,
-        num_heads: int = 4,
-        mlp_ratio: int = 4,
-        text_vocab_size: int = 128,
-        max_text: int = 96,
-        attention: str = "auto",
-        image_tokenizer: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ):
-        check_sizes(
-            hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, mlp_ratio=mlp_ratio,
-            text_vocab_size=text_vocab_size, max_text=max_text,
-        )  # fmt: skip
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
-        if attention not in ("auto", "sdpa", "matmul"):
-            raise ValueError(f"attention is {attention!r}; expected 'auto', 'sdpa' or 'matmul'")
-        self.hidden_size, self.num_layers, self.num_heads, self.mlp_ratio = hidden_size, num_layers, num_heads, mlp_ratio
-        self.text_vocab_size, self.max_text, self.attention = text_vocab_size, max_text, attention
-        self.image_tokenizer = image_tokenizer or ImageTokenizerConfig().to_dict()
-        super().__init__(**kwargs)
 
 
 class MaskedUMM(DrawsCodes, OmniUMM):
@@ -252,12 +225,3 @@ class MaskedUMM(DrawsCodes, OmniUMM):
             log_p = logits.log_softmax(-1).gather(-1, codes[..., None])[..., 0]
             terms.append((log_p * mask).sum(1) / mask.sum(1) * self.num_image_tokens)
         return torch.stack(terms).mean(0)
-
-    @classmethod
-    def tiny(cls, corpus: Sequence[str], **sizes: Any) -> MaskedUMM:
-        """An untrained model of a few thousand parameters, for tests and examples."""
-        words = train_text_tokenizer([*corpus, DESCRIBE])
-        small = dict(hidden_size=32, num_layers=3, num_heads=2, mlp_ratio=2)
-        tokenizer = ImageTokenizerConfig(channels=16, depth=1, levels=(4, 4, 4)).to_dict()
-        config = MaskedUMMConfig(**{**small, "image_tokenizer": tokenizer, **sizes}, text_vocab_size=len(words))
-        return cls(config, words).eval()

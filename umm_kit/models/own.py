@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from umm_kit.models.base import check_loaded
-from umm_kit.models.tokenizers import code_digits
+from umm_kit.models.tokenizers import ImageTokenizerConfig, check_sizes, code_digits, train_text_tokenizer
 
 DESCRIBE = "describe"  # opens the segment in which a caption is asked for
 IGNORE = -100
@@ -33,6 +33,34 @@ def drawn_by(draw: Any, shape: Sequence[int], generator: torch.Generator | Seque
 def gumbel(shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
     """Gumbel noise: a largest score plus it is a draw from the scores' softmax."""
     return -(-drawn_by(torch.rand, shape, generator).clamp_(1e-9, 1 - 1e-7).log()).log()
+
+
+class OwnUMMConfig(PretrainedConfig):
+    """Sizes of a model of our own families; ``image_tokenizer`` is the configuration of its (frozen) image tokenizer.
+
+    ``attention``, where a family's transformer is ours: "sdpa", "matmul", or "auto" by the device.
+    """
+
+    image_tokenizer_config: ClassVar[Any] = ImageTokenizerConfig
+
+    hidden_size: int = 128
+    num_layers: int = 10
+    num_heads: int = 4
+    mlp_ratio: int = 4
+    text_vocab_size: int = 128
+    max_text: int = 96
+    attention: str = "auto"
+    image_tokenizer: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        sizes = ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "text_vocab_size", "max_text")
+        check_sizes(**{name: getattr(self, name) for name in sizes})
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.attention not in ("auto", "sdpa", "matmul"):
+            raise ValueError(f"attention is {self.attention!r}; expected 'auto', 'sdpa' or 'matmul'")
+        self.image_tokenizer = self.image_tokenizer or self.image_tokenizer_config().to_dict()
+        super().__post_init__(**kwargs)
 
 
 class CodeTable(nn.Module):
@@ -68,6 +96,8 @@ class OwnUMM(PreTrainedModel):
     """
 
     main_input_name = "images"
+    config_class: Any
+    small_tokenizer: Mapping[str, Any] = {"channels": 16, "depth": 1, "levels": (4, 4, 4)}  # of a tiny model
     grid: tuple[int, int]
     image_tokenizer: Any
     text_tokenizer: PreTrainedTokenizerFast | None
@@ -99,6 +129,14 @@ class OwnUMM(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=getattr(module, "init_gain", 1.0) * module.embedding_dim**-0.5)
+
+    @classmethod
+    def tiny(cls, corpus: Sequence[str], **sizes: Any) -> Any:
+        """An untrained model of a few thousand parameters, for tests and examples."""
+        words, kind = train_text_tokenizer([*corpus, DESCRIBE]), cls.config_class
+        small = dict(hidden_size=32, num_layers=3, num_heads=2, mlp_ratio=2)
+        tokenizer = kind.image_tokenizer_config(**cls.small_tokenizer).to_dict()
+        return cls(kind(**{**small, "image_tokenizer": tokenizer, **sizes}, text_vocab_size=len(words)), words).eval()
 
     # --- words ---------------------------------------------------------------------------------------------------------
 
