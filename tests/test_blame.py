@@ -96,7 +96,10 @@ def test_the_perfect_reader_says_all_that_is_clear():
 def table():
     def of(model, **options):
         frame = blame(model, DATA, cycles=2, progress=False, **options)
-        assert list(frame.columns) == ["reader", "writer", "mean_survival", "low", "high", "n"] and (frame.n == 24).all()
+        columns = ["reader", "writer", "mean_survival", "low", "high", "gain", "gain_low", "gain_high", "n"]
+        assert list(frame.columns) == columns and (frame.n == 24).all()
+        assert frame.gain.to_numpy() == pytest.approx(frame.mean_survival - frame.mean_survival[0])
+        assert frame.iloc[0][["gain", "gain_low", "gain_high"]].tolist() == [0, 0, 0], "the model with itself"
         assert (frame.low <= frame.mean_survival + 1e-9).all() and (frame.mean_survival <= frame.high + 1e-9).all()
         return frame.set_index(["reader", "writer"]).mean_survival
 

@@ -128,3 +128,13 @@ def test_cosine_and_rank_against_loops():
 def test_edit_distance():
     assert edit_distance("a b c", "a b c") == 0 and edit_distance("a b", "c d e") == 1 and edit_distance("", "") == 0
     assert edit_distance("a red circle", "a circle") == pytest.approx(1 / 3) == edit_distance("a circle", "A red circle")
+
+
+def test_a_paired_gain_is_surer_than_its_parts():
+    """Two curves that differ by the same amount in every item: their own intervals overlap, that of the gain has no width."""
+    rng = np.random.default_rng(0)
+    kept, nothing = rng.choice([0.2, 0.8], (1, 1, 60)), np.zeros((1, 1, 60))
+    low, high = survival(kept, nothing, np.ones(60)), survival(kept + 0.1, nothing, np.ones(60))
+    gain = high.over(low)
+    assert gain.value == pytest.approx(0.1) and gain.interval == pytest.approx((0.1, 0.1))
+    assert low.mean().high > high.mean().low

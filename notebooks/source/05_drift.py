@@ -163,7 +163,8 @@ uk.expect(float(again.lost_again), low=float(again.lost), n=n, claim="what one r
 # ## 4. Who forgets: the reader, the writer, or the tokenizer?
 #
 # Three suspects. Exchange one at a time: the *oracle* reads whatever is drawn without a fault (and says all of it, places
-# included); the *renderer* draws whatever is said. If survival rises when the reader is exchanged, the reader forgets.
+# included); the *renderer* draws whatever is said. If survival rises when the reader is exchanged, the reader forgets: *gain*
+# is over the model with itself, item by item.
 # *Tokenized*: both are perfect, but each picture is encoded and decoded. *On codes*: the model reads the codes that it drew,
 # without the way through pixels.
 #

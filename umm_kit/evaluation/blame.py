@@ -138,8 +138,8 @@ def blame(
     (:class:`WithoutPixels`): what it gains is what the way through pixels costs the model itself.
 
     Returns:
-        Columns reader, writer, mean_survival, low, high, n (items); all rows have the ceiling of ``model``, so that one without
-        its tokenizer can exceed 1 by as much as the tokenizer loses.
+        Columns reader, writer, mean_survival, low, high, gain over the model with itself (paired by item), gain_low, gain_high,
+        n (items). All rows have the ceiling of ``model``: one without its tokenizer can exceed 1 by what the tokenizer loses.
 
     Raises:
         ValueError: data without known factors, and as :func:`drift`.
@@ -160,13 +160,16 @@ def blame(
         on_codes = "model, on codes"
         readers[on_codes] = writers[on_codes] = WithoutPixels(model)
         pairs.append((on_codes, on_codes))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for r, w in pairs:
         found = drift(
             model, data, cycles, start, repeats, seed, batch_size, None, decoding, (), 0, progress, readers[r], writers[w]
-        ).mean_survival
-        rows.append((r, w, found.value, found.low, found.high, found.n))
-    return pd.DataFrame(rows, columns=["reader", "writer", "mean_survival", "low", "high", "n"])
+        ).survival()
+        own = found if not rows else own  # the model with itself comes first
+        e, gain = found.mean(), found.over(own)
+        row = {"reader": r, "writer": w, "mean_survival": e.value, "low": e.low, "high": e.high}
+        rows.append(row | {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "n": e.n})
+    return pd.DataFrame(rows)
 
 
 def unified_bench(

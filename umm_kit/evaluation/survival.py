@@ -78,6 +78,11 @@ class Survival:
             low, high = self.low.mean(), self.high.mean()
         return Estimate(float(self.value.mean()), float(low), float(high), self.n)
 
+    def over(self, other: Survival) -> Estimate:
+        """This mean less that of another curve of the *same* items, whose resamples are then the same draws of them."""
+        low, high = np.quantile(self.resamples.mean(1) - other.resamples.mean(1), [0.025, 0.975])
+        return Estimate(float(self.value.mean() - other.value.mean()), float(low), float(high), self.n)
+
     def half_life(self) -> HalfLife:
         """Of :func:`half_life`; the steps must be the cycles 1 to K."""
         end, found, drawn = float(len(self.value)), float(half_life(self.value)), half_life(self.resamples)
