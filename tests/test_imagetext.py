@@ -228,7 +228,7 @@ def test_pictures_alone_are_taken_when_asked_for(tmp_path):
     assert dict(zip(some.ids, some.texts, strict=True)) == {"a.png": "four quarters", "c.png": "", "sub/b.png": ""}
     (folder / "metadata.csv").unlink()
     (folder / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="captions=False takes pictures alone"):
+    with pytest.raises(ValueError, match="pictures alone: captions=False, or umm-kit drift --start image"):
         ImageText(folder)
     with pytest.raises(ValueError, match=r"(?s)1 of 4 items .*broken.png"):
         ImageText(folder, captions=False)

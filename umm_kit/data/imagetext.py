@@ -285,7 +285,7 @@ class ImageText(ItemByItem):
             hint = (
                 f"; its subfolders {splits} do: choose one with split="
                 if splits
-                else (", with the columns file_name and text (captions=False takes pictures alone)")
+                else ", with the columns file_name and text (pictures alone: captions=False, or umm-kit drift --start image)"
             )
             raise ValueError(f"{root} has no metadata.csv or metadata.jsonl{hint}")
         return self._metadata(_inside(root, found[0].name))

@@ -160,13 +160,11 @@ def blame(
         on_codes = "model, on codes"
         readers[on_codes] = writers[on_codes] = WithoutPixels(model)
         pairs.append((on_codes, on_codes))
-    rows: list[dict[str, Any]] = []
-    for r, w in pairs:
-        found = drift(
-            model, data, cycles, start, repeats, seed, batch_size, None, decoding, (), 0, progress, readers[r], writers[w]
-        ).survival()
-        own = found if not rows else own  # the model with itself comes first
-        e, gain = found.mean(), found.over(own)
+    common = (model, data, cycles, start, repeats, seed, batch_size, None, decoding, (), 0, progress)
+    curves = [drift(*common, readers[r], writers[w]).survival() for r, w in pairs]
+    rows = []
+    for (r, w), found in zip(pairs, curves, strict=True):
+        e, gain = found.mean(), found.over(curves[0])  # the model with itself comes first
         row = {"reader": r, "writer": w, "mean_survival": e.value, "low": e.low, "high": e.high}
         rows.append(row | {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "n": e.n})
     return pd.DataFrame(rows)
