@@ -7,7 +7,7 @@ from umm_kit.experiments import Ledger, families
 from umm_kit.models import load
 
 SMALL = families.Preset(
-    families=("masked", "autoregressive"), seeds=(100,), width=16, layers=2, heads=2, steps=2, n=16, n_prompts=1,
+    arms=("masked", "autoregressive"), seeds=(100,), width=16, layers=2, heads=2, steps=2, n=16, n_prompts=1,
     tokenizer_steps=2, n_diagnosis=128, n_drift=8, cycles=1,
 )  # fmt: skip
 
@@ -53,7 +53,7 @@ def test_families_are_trained_judged_and_not_run_again(tmp_path, monkeypatch):
     file = tmp_path / "families.jsonl"
     said = families.run(SMALL, file, tmp_path / "runs")
     done = Ledger(file).records()
-    assert set(done) == {f"{family}, seed {seed}" for family in SMALL.families for seed in SMALL.seeds}
+    assert set(done) == {f"{family}, seed {seed}" for family in SMALL.arms for seed in SMALL.seeds}
     assert "survival" in said and set(done["autoregressive, seed 100"]["items"]) == set(families.METRICS)
     stamp = file.read_bytes()
     families.run(SMALL, file, tmp_path / "runs")

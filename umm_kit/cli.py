@@ -146,7 +146,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--output", default="build", metavar="FOLDER", help="executed notebooks and figures (default: %(default)s)")
     sub.add_argument("--records", type=Path, metavar="FILE.jsonl", help="of an experiment (default: experiments/WHAT.jsonl)")
     sub.add_argument("--runs", default="runs", metavar="FOLDER", help="of an experiment's models (default: %(default)s)")
-    sub.add_argument("--arms", nargs="+", metavar="ARM", help="of diva and latentumm, and their tuning: only these")
+    sub.add_argument("--arms", nargs="+", metavar="ARM", help="of diva, latentumm (and their tuning) and families: only these")
     sub.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of an experiment's trainings, for those of the preset")
     sub.add_argument("--part", default="1/1", metavar="K/M", help="every M-th run, from the K-th: M processes share the work")
 

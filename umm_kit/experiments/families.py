@@ -37,7 +37,7 @@ METRICS = ("understanding_loss", "understanding", "generation", "understood_of_d
 class Preset:
     """Sizes of the models and of what judges them; ``masked``: (seed, shipped model) of the masked family."""
 
-    families: tuple[str, ...] = ("masked", "autoregressive", "flow")
+    arms: tuple[str, ...] = ("masked", "autoregressive", "flow")
     masked: tuple[tuple[int, str], ...] = ((100, "tiny-tight-0"), (101, "tiny-tight-1"))
     seeds: tuple[int, ...] = (100, 101)
     width: int = 48
@@ -63,9 +63,9 @@ def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int
     """
     ledger, folder = Ledger(Path(records)), Path(folder)
     title, shipped = "{}, seed {}".format, dict(preset.masked)
-    if "masked" in preset.families and (missing := [seed for seed in preset.seeds if seed not in shipped]):
+    if "masked" in preset.arms and (missing := [seed for seed in preset.seeds if seed not in shipped]):
         raise ValueError(f"no masked model of this recipe is shipped for seed {missing}; expected some of {list(shipped)}")
-    wanted = [(family, seed) for seed in preset.seeds for family in preset.families]
+    wanted = [(family, seed) for seed in preset.seeds for family in preset.arms]
     for family, seed in mine(wanted, part, lambda run: title(*run) in ledger.records()):
         if family == "masked":
             model = load(shipped[seed], device="cpu")
