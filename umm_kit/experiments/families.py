@@ -7,6 +7,7 @@ the time, nor the precision (float32 here, where the shipped ones computed in bf
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from umm_kit.data.shapes import Nuisance, Shapes
+from umm_kit.diagnostics.claims import shape_claims
 from umm_kit.diagnostics.report import diagnose
 from umm_kit.evaluation.drift import drift
 from umm_kit.experiments import ASYMMETRIC, Ledger, endpoints, mine
@@ -93,14 +95,17 @@ def config_of(family: str, seed: int, preset: Preset, folder: Path) -> Any:
 
 
 def judge(model: Any, preset: Preset) -> dict[str, Any]:
-    """Both abilities and drift on test items, item by item, and the diagnosis of Figure 2 on validation scenes."""
+    """Both abilities and drift on test items, item by item; diagnosis and claims of Figure 2 on validation scenes."""
     items = endpoints(model, "test", preset.n, preset.n_prompts, 0, "none", progress=False, inpaint=False)
     plain = Nuisance(texture="none")
     walked = Shapes("test", n=preset.n_drift, seed=0, nuisance=plain, without=ASYMMETRIC)
     items |= of_drift(drift(model, walked, preset.cycles, seed=0, layers=(), keep=0, progress=False))
     data = Shapes("validation", n=preset.n_diagnosis, seed=0, nuisance=plain, without=ASYMMETRIC)
-    found = diagnose(model, data, mask_ratios=(0.4,), seed=0, progress=False).frame[SERIES].round(5)
-    about = {"parameters": model.num_parameters(only_trainable=True), "diagnosis": found.to_dict("split", index=False)}
+    untrained = type(model)(copy.deepcopy(model.config), model.text_tokenizer).eval()
+    untrained.image_tokenizer = model.image_tokenizer
+    found = diagnose(model, data, mask_ratios=(0.4,), untrained=untrained, seed=0, progress=False)
+    about = {"parameters": model.num_parameters(only_trainable=True), "claims": shape_claims(found).round(5).to_dict("records")}
+    about |= {"diagnosis": found.frame[SERIES].round(5).to_dict("split", index=False)}
     return {**about, "items": {metric: items[metric] for metric in METRICS}}
 
 
@@ -128,5 +133,11 @@ def depth(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return grouped.agg(value="mean", low="min", high="max", runs="count").reset_index()
 
 
+def claims(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Which shapes of DIVA's Figure 2 a family has: a row per claim, and of each family how many models with each verdict."""
+    frames = [pd.DataFrame(r["claims"]).assign(family=r["arm"]) for r in records.values()]
+    return pd.concat(frames).pivot_table(index="claim", columns=["family", "verdict"], aggfunc="size", fill_value=0, sort=False)
+
+
 def summary(records: Mapping[str, Mapping[str, Any]]) -> str:
-    return effects(records).to_string(index=False, float_format="%.3f")
+    return f"{effects(records).to_string(index=False, float_format='%.3f')}\n\n{claims(records).to_string()}"

@@ -79,6 +79,12 @@ class Decoding:
         if min(self.text_temperature, self.temperature, self.choice_temperature, self.guidance) < 0:
             raise ValueError(f"temperatures and guidance must not be negative: {self}")
 
+    def word(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The next words [B] of logits [B, V], the likeliest or drawn; on the CPU: one seed, one result on any device."""
+        if not self.text_temperature:
+            return logits.argmax(-1).cpu()
+        return torch.multinomial((logits / self.text_temperature).softmax(-1).cpu(), 1, generator=generator)[:, 0]
+
 
 @runtime_checkable
 class UnifiedModel(Protocol):

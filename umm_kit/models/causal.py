@@ -36,9 +36,9 @@ from umm_kit.models.base import (
     recording,
     token_losses,
 )
+from umm_kit.models.own import IGNORE, gumbel
 
 SLOT = -1  # the place of an image token in a row of word ids
-IGNORE = -100
 
 
 class CausalUMM(DrawsCodes, nn.Module):
@@ -280,11 +280,7 @@ class CausalUMM(DrawsCodes, nn.Module):
         ended = torch.zeros(len(images), dtype=torch.bool)
         for _ in range(decoding.max_new_tokens):
             logits = self.text_head(self._run(x, real, cache=cache)[0][:, -1]).float()
-            if decoding.text_temperature:
-                p = (logits / decoding.text_temperature).softmax(-1).cpu()
-                chosen = torch.multinomial(p, 1, generator=generator)[:, 0]
-            else:
-                chosen = logits.argmax(-1).cpu()
+            chosen = decoding.word(logits, generator)
             ended |= chosen == self.words.eos_token_id
             if bool(ended.all()):
                 break
@@ -328,8 +324,7 @@ class CausalUMM(DrawsCodes, nn.Module):
                 if noise is not None:
                     scores = scores + noise[:, j]
                 elif decoding.temperature:
-                    u = torch.rand(scores.shape, generator=generator).to(scores.device).clamp_(1e-9, 1 - 1e-7)
-                    scores = scores / decoding.temperature - (-u.log()).log()
+                    scores = scores / decoding.temperature + gumbel(scores.shape, generator).to(scores.device)
                 codes[:, j] = torch.where(hidden[:, j], scores.argmax(-1), codes[:, j])
                 following, j = self.embed_codes(codes[:, j : j + 1]).repeat(1 + guided, 1, 1), j + 1
             else:  # what separates rows of codes, say

@@ -155,10 +155,6 @@ class MaskedUMM(DrawsCodes, OmniUMM):
         empty = self.pack_captions([""] * len(texts)).to(codes.device)
         total, codes, hidden = hidden.sum(1), codes.clone(), hidden.clone()
 
-        def gumbel(*shape: int) -> Tensor:
-            u = torch.rand(shape, generator=generator).to(codes.device).clamp_(1e-9, 1 - 1e-7)
-            return -(-u.log()).log()
-
         def last(sure: Tensor, left: Tensor) -> Tensor:
             """The hidden positions that are shown now: all but the ``left`` least sure ones."""
             rank = sure.masked_fill(~hidden, float("inf")).argsort(1).argsort(1)
@@ -166,7 +162,7 @@ class MaskedUMM(DrawsCodes, OmniUMM):
 
         for step in range(1, decoding.steps + 1):
             left = (total * math.cos(math.pi / 2 * step / decoding.steps)).floor().long()
-            sure = gumbel(*hidden.shape)
+            sure = gumbel(hidden.shape, generator).to(codes.device)
             # In random order it is known which are shown before what they are: only those need logits.
             at = hidden if decoding.order == "confidence" else last(sure, left)
             rows = at.any(1)
@@ -178,7 +174,7 @@ class MaskedUMM(DrawsCodes, OmniUMM):
                 free = self.image_head(self._generation(*now, empty[rows])[0][at[rows]]).float()
                 logits = free + decoding.guidance * (logits - free)
             if decoding.temperature:
-                chosen = (logits / decoding.temperature + gumbel(*logits.shape)).argmax(-1)
+                chosen = (logits / decoding.temperature + gumbel(logits.shape, generator).to(logits.device)).argmax(-1)
             else:
                 chosen = logits.argmax(-1)
             codes[at] = chosen

@@ -224,11 +224,7 @@ class OmniUMM(OwnUMM):
             everything = torch.ones(b, 1, 2 + n + position + 1, dtype=torch.bool, device=device)
             hidden, _ = self._blocks(x, everything, slice(0, 0), caches=caches)
             logits = self.text_head(hidden[:, 0]).float()
-            if decoding.text_temperature:
-                p = (logits / decoding.text_temperature).softmax(-1).cpu()
-                chosen = torch.multinomial(p, 1, generator=generator)[:, 0].to(device)
-            else:
-                chosen = logits.argmax(-1)
+            chosen = decoding.word(logits, generator).to(device)
             in_prompt = position + 1 < asked
             speaking = ~in_prompt & ~ended
             ended |= speaking & (chosen == eos)

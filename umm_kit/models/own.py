@@ -21,16 +21,16 @@ DESCRIBE = "describe"  # opens the segment in which a caption is asked for
 IGNORE = -100
 
 
-def drawn_by(draw: Any, shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
-    """``draw`` (torch.rand or torch.randn) on the CPU, from one generator, or from one for each row."""
-    if isinstance(generator, torch.Generator):
+def drawn_by(draw: Any, shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """``draw`` (torch.rand or torch.randn) on the CPU, from one generator (torch's own if None), or from one for each row."""
+    if generator is None or isinstance(generator, torch.Generator):
         return draw(tuple(shape), generator=generator)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators came for {shape[0]} rows; expected one each, or one for all")
     return torch.stack([draw(tuple(shape[1:]), generator=each) for each in generator])
 
 
-def gumbel(shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+def gumbel(shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
     """Gumbel noise: a largest score plus it is a draw from the scores' softmax."""
     return -(-drawn_by(torch.rand, shape, generator).clamp_(1e-9, 1 - 1e-7).log()).log()
 
