@@ -80,13 +80,15 @@ def test_experiments_take_other_seeds_and_arms(monkeypatch, tmp_path, capsys):
     for module in (planted, diva):
         monkeypatch.setattr(module, "run", lambda preset, *rest: seen.append(preset))
     assert cli.main(["reproduce", "planted", "--preset", "tiny", "--seeds", "7", "8"]) == 0
-    assert cli.main(["reproduce", "diva", "--arms", "sft_all", "diva", "--seeds", "5"]) == 0
+    assert cli.main(["reproduce", "diva", "--arms", "sft_all", "diva", "--seeds", "5", "6"]) == 0
     assert seen[0].seeds == (7, 8) and seen[0].steps == planted.PRESETS["tiny"].steps
-    assert (seen[1].seeds, seen[1].few_seeds, seen[1].arms) == ((5,), (5,), ("sft_all", "diva"))
+    assert (seen[1].seeds, seen[1].few_seeds, seen[1].arms) == ((5, 6), (5,), ("sft_all", "diva"))
     assert diva.PRESETS["tiny"].seeds == (0, 1, 2, 3), "the preset itself is as it was"
     for what, option in (("diva-tuning", "seeds"), ("frontier", "seeds"), ("atlas", "arms")):
         assert cli.main(["reproduce", what, f"--{option}", "7"]) == 2
         assert f"--{option} does not apply to {what}" in capsys.readouterr().err
+    assert cli.main(["reproduce", "diva", "--seeds", "100"]) == 2 and "learning rates were chosen" in capsys.readouterr().err
+    assert cli.main(["reproduce", "--seeds", "5"]) == 2 and "name one, such as diva" in capsys.readouterr().err
     file = str(tmp_path / "f.jsonl")
     assert cli.main(["reproduce", "families", "--seeds", "3", "--records", file, "--runs", str(tmp_path)]) == 2
     assert "no masked model of this recipe is shipped for seed [3]" in capsys.readouterr().err

@@ -138,3 +138,7 @@ def test_a_paired_gain_is_surer_than_its_parts():
     gain = high.over(low)
     assert gain.value == pytest.approx(0.1) and gain.interval == pytest.approx((0.1, 0.1))
     assert low.mean().high > high.mean().low
+    all_kept, none_kept = (survival(np.full((1, 2, 3), k), np.zeros((1, 2, 3)), np.ones(3)) for k in (1.0, 0.0))
+    assert all_kept.over(none_kept).low < 0 < all_kept.over(none_kept).value == 1, "three items are not certain"
+    with pytest.raises(AssertionError, match="other items"):
+        low.over(all_kept)

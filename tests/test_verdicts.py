@@ -52,17 +52,21 @@ def test_a_verdict_follows_its_record(clone, frame):
     assert of(after, drawing).verdict == of(frame, drawing).verdict
 
 
-def test_an_audit_that_passes_once_is_not_reproduced():
-    def audited(passed, r):
+def test_an_audit_has_to_pass_more_than_once():
+    def audited(passed, r, unjudged=()):
         lines = {"columns": ["flow", "factor", "kind", "z", "r", "low", "high", "wanted", "verdict"]}
-        lines["data"] = [["understanding", "colour", "shared", "unique", r, r, r, "<= 0.2", "pass" if passed else "fail"]]
-        rivals = {"columns": ["method", "separation", "ahead", "low", "high"], "data": [["random", 0.1, 0.1, -0.1, 0.3]]}
-        return {"encoder": "gated", "model": "m", "audit": {"passed": passed, "lines": lines, "rivals": rivals}}
+        lines["data"] = [["understanding", "colour", "shared", "unique", r, r, r, "<= 0.2", "pass" if r <= 0.2 else "fail"]]
+        rivals = {"columns": ["method", "separation", "ahead", "low", "high"], "data": [["random", 0.1, 0.1, 0.2 - r, 0.3]]}
+        found = {"passed": passed, "unjudged": list(unjudged), "lines": lines, "rivals": rivals}
+        return {"encoder": "gated", "model": "m", "audit": found}
 
     said = next(verdicts.halves({"a": audited(True, 0.1), "b": audited(False, 0.5)}))
     assert said.verdict == "not reproduced" and "1 of 2 trainings" in said.evidence
     assert "shared in unique 0.30 (asked <= 0.2)" in said.evidence and "not always ahead of random" in said.evidence
-    assert next(verdicts.halves({"a": audited(True, 0.1)})).verdict == "reproduced"
+    assert next(verdicts.halves({"a": audited(True, 0.1), "b": audited(True, 0.1)})).verdict == "reproduced"
+    assert next(verdicts.halves({"a": audited(True, 0.1)})).verdict == "undecided", "one training is not enough"
+    half = next(verdicts.halves({"a": audited(False, 0.1, ["U-only"]), "b": audited(False, 0.1, ["U-only"])}))
+    assert half.verdict == "undecided" and "no U-only factor could be judged" in half.evidence
     assert next(verdicts.halves({})).verdict == "not run"
 
 

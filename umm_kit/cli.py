@@ -244,6 +244,17 @@ def _draw(figure: Any, path: Path) -> None:
     print(f"drawn to {path}")
 
 
+def _keep(found: Any, args: argparse.Namespace) -> int:
+    """Say how long a result took, and write and draw it where that was asked for."""
+    print(f"{found.record['seconds']:.0f} seconds on {found.record['device']}")
+    if args.output:
+        found.save(args.output)
+        print(f"written to {args.output}")
+    if args.figure:
+        _draw(found.plot(), args.figure)
+    return 0
+
+
 def diagnose(args: argparse.Namespace) -> int:
     """see, layer by layer, where understanding and generation part (DIVA Fig. 2), beside nulls, with intervals"""
     import umm_kit as uk
@@ -262,13 +273,8 @@ def diagnose(args: argparse.Namespace) -> int:
         return 0
     found = uk.diagnose(model, data, args.panels or PANELS, mask_ratios=args.mask_ratios, seed=args.seed)
     found.record["command"] = command(args.argv)
-    print(f"{found.summary()}\n{found.record['seconds']:.0f} seconds on {found.record['device']}")
-    if args.output:
-        found.save(args.output)
-        print(f"written to {args.output}")
-    if args.figure:
-        _draw(found.plot(), args.figure)
-    return 0
+    print(found.summary())
+    return _keep(found, args)
 
 
 def extract(args: argparse.Namespace) -> int:
@@ -295,13 +301,7 @@ def drift(args: argparse.Namespace) -> int:
     frame = found.to_frame()
     table = frame.pivot_table(index="cycle", columns="metric", values="value", sort=False)
     print(found, table.to_string(float_format="%.3f"), sep="\n")
-    print(f"{found.record['seconds']:.0f} seconds on {found.record['device']}")
-    if args.output:
-        found.save(args.output)
-        print(f"written to {args.output}")
-    if args.figure:
-        _draw(found.plot(), args.figure)
-    return 0
+    return _keep(found, args)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -407,6 +407,8 @@ def reproduce(args: argparse.Namespace) -> int:
     if args.what == "notebooks":
         from umm_kit.reproduce import reproduce as run
 
+        if args.arms or args.seeds:
+            raise ValueError("--arms and --seeds are of experiments; name one, such as diva")
         return 0 if run(args.notebooks, args.output, args.preset or "full") else 1
     module, function = EXPERIMENTS[args.what]
     experiment = import_module(f"umm_kit.experiments.{module}")
@@ -418,12 +420,15 @@ def reproduce(args: argparse.Namespace) -> int:
         raise ValueError(f"--part is {args.part!r}; expected K/M with 1 <= K <= M, such as 1/2")
     records = args.records or Path("experiments") / f"{args.what}.jsonl"
     chosen = experiment.PRESETS[preset]
-    for option, names in (("arms", ("arms",)), ("seeds", ("seeds", "few_seeds"))):
-        if given := getattr(args, option):
-            changed = {name: tuple(given) for name in names if isinstance(getattr(chosen, name, None), tuple)}
-            if not changed or (option, function) == ("seeds", "tune"):  # trials have a seed of their own
-                raise ValueError(f"--{option} does not apply to {args.what}")
-            chosen = replace(chosen, **changed)
+    asked = {name: tuple(given) for name in ("arms", "seeds") if (given := getattr(args, name))}
+    for option in asked:
+        if not isinstance(getattr(chosen, option, None), tuple) or (option, function) == ("seeds", "tune"):
+            raise ValueError(f"--{option} does not apply to {args.what}")  # trials have a seed of their own
+    if "seeds" in asked and hasattr(chosen, "few_seeds"):
+        if chosen.tuning_seed in asked["seeds"]:
+            raise ValueError(f"--seeds {chosen.tuning_seed} is the seed that learning rates were chosen with; take others")
+        asked["few_seeds"] = asked["seeds"][: len(chosen.few_seeds)]
+    chosen = replace(chosen, **asked)
     print(getattr(experiment, function)(chosen, records, Path(args.runs) / args.what, (part[0], part[1])))
     return 0
 

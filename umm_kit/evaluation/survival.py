@@ -80,7 +80,10 @@ class Survival:
 
     def over(self, other: Survival) -> Estimate:
         """This mean less that of another curve of the *same* items, whose resamples are then the same draws of them."""
+        assert self.resamples.shape == other.resamples.shape and self.n == other.n, "curves of other items, steps or runs"
         low, high = np.quantile(self.resamples.mean(1) - other.resamples.mean(1), [0.025, 0.975])
+        if self is not other and self._same and other._same:
+            low, high = self.mean().low - other.mean().high, self.mean().high - other.mean().low
         return Estimate(float(self.value.mean() - other.value.mean()), float(low), float(high), self.n)
 
     def half_life(self) -> HalfLife:

@@ -44,12 +44,11 @@ JUDGED = ("shared", "unique", "all")
 CONTROLS = {shift: f"control of {shift}" for shift in JUDGED}
 SHIFTS = ("none", *JUDGED, *CONTROLS.values())
 ATTRIBUTES = ("count", "colour", "shape", "size")
-#: What stage 1 changes of ``DIVAConfig.tiny``; the last is no encoder to be judged, but a rival in every audit.
+#: What stage 1 changes of ``DIVAConfig.tiny``.
 ENCODERS: Mapping[str, Mapping[str, Any]] = {
     "gated": {},
     "aligned": {"stage1_alignment": True},
     "transformer": {"encoder": "transformer"},
-    "shuffled pairs": {"pairs": "shuffled"},
 }
 
 
@@ -182,16 +181,16 @@ def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int
         encoders = stage_one(model, kind, preset, seed, Path(folder))
         content: dict[str, Any] = {"encoder": kind, "seed": seed, "model": Path(preset.model).name}
         if encoders.config.kind != "transformer":
-            shuffled = stage_one(model, "shuffled pairs", preset, seed, Path(folder))
+            shuffled = stage_one(model, kind, preset, seed, Path(folder) / "shuffled", pairs="shuffled")
             content["audit"] = judged_split(model, encoders, shuffled, preset, seed)
         ledger.add(title(kind, seed), {**content, **judge(model, encoders, preset, seed)})
     return summary(ledger.records())
 
 
-def stage_one(model: Any, kind: str, preset: Preset, seed: int, folder: Path) -> FactorEncoders:
+def stage_one(model: Any, kind: str, preset: Preset, seed: int, folder: Path, **more: Any) -> FactorEncoders:
     """Encoders of :data:`ENCODERS`, trained, or those that are finished in the folder."""
-    where = {"output_dir": str(folder / f"{kind.replace(' ', '-')}-{seed}"), "disable_tqdm": True}
-    config = DIVAConfig.tiny(**{**preset.settings, **ENCODERS[kind], **where, "seed": seed})
+    where = {"output_dir": str(folder / f"{kind}-{seed}"), "disable_tqdm": True}
+    config = DIVAConfig.tiny(**{**preset.settings, **ENCODERS[kind], **more, **where, "seed": seed})
     return DIVATrainer(model, config, Shapes("train", seed=seed)).warm_up().eval().requires_grad_(False)
 
 

@@ -138,9 +138,13 @@ def halves(records: Records) -> Iterator[Verdict]:
     rows, rivals = (table[which].to_dict("records") for which in (~lead, lead))
     found = ", ".join(f"{row['asked']} {row['found']:.2f} (asked {row['wanted']})" for row in rows)
     behind = [row["asked"].removeprefix("ahead of ") for row in rivals if row["passed"] < row["of"]]
-    found += f"; not always ahead of {', '.join(behind)}" if behind else "; ahead of every rival"
+    found += f"; not always ahead of {', '.join(behind)}" if behind else "; ahead of every rival" if rivals else ""
+    unasked = sorted({kind for r in done.values() for kind in r["audit"]["unjudged"]})
+    found += f"; no {' or '.join(unasked)} factor could be judged" if unasked else ""
     said = f"on {next(iter(done.values()))['model']} the audit passes in {passed} of {len(done)} trainings: {found}"
-    yield Verdict(DIVA, "Sec. 3.2", claim, "reproduced" if passed == len(done) else "not reproduced", said, command)
+    failed = bool(behind) or any(row["passed"] < row["of"] for row in rows)
+    verdict = "not reproduced" if failed else "reproduced" if passed == len(done) > 1 else "undecided"
+    yield Verdict(DIVA, "Sec. 3.2", claim, verdict, said, command)
 
 
 def arms(records: Records) -> Iterator[Verdict]:
@@ -228,5 +232,5 @@ _NOT_HERE = (
     Verdict(DIVA, "Fig. 5", "shared factors of near-duplicates lie together in a t-SNE map", "not attempted",
             "of factors; of raw states notebook 02 (section 5) measures it, with a null", "umm-kit reproduce"),
     Verdict(LATENTUMM, "abstract", "it works across architectures", "not attempted",
-            "only the masked family ships trained models", "umm-kit train autoregressive, then latentumm --variant released"),
+            "only the masked family ships trained models", "umm-kit train autoregressive, then umm-kit train latentumm"),
 )  # fmt: skip

@@ -115,20 +115,13 @@ class AutoregressiveUMM(CausalUMM, OwnUMM):
         Drawing leaves no gradient. One pass over the drawn codes then scores them all: y = softmax((logits + Gumbel noise) /
         temperature), with the noise that they were drawn with; the image is read from the embeddings that y weighs. ``hard``: the
         drawn codes in the forward pass, y's gradient in the backward pass (straight-through). A code's gradient reaches its own
-        place alone: what it does to the codes after it is left out.
-
-        Returns:
-            Layer -> states of the drawn image's tokens in the understanding flow.
-        Raises:
-            ValueError: temperature not above 0.
+        place alone: what it does to the codes after it is left out. Returns and raises as the masked family's.
         """
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; expected above 0")
         codes = torch.zeros(len(texts), self.num_image_tokens, dtype=torch.long, device=self.device)
-        noise = torch.zeros((*codes.shape, self.codebook_size))
-        if generator is not None:
-            noise = gumbel(noise.shape, generator)
-        noise = noise.to(self.device)
+        shape = (*codes.shape, self.codebook_size)
+        noise = (torch.zeros(shape) if generator is None else gumbel(shape, generator)).to(self.device)
         codes = self.generate_codes(texts, codes, torch.ones_like(codes, dtype=torch.bool), Decoding(guidance=1), noise=noise)
         logits = self.code_logits(self._drawing(texts, codes, torch.zeros_like(codes, dtype=torch.bool), [])[0])
         y = ((logits.to(torch.promote_types(logits.dtype, torch.float32)) + noise) / temperature).softmax(-1)

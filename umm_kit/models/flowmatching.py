@@ -157,17 +157,19 @@ class FlowUMM(Draws, OmniUMM):
             Layer -> states of the drawn image's tokens in the understanding flow.
         Raises:
             NotImplementedError: understanding sees pixels by an encoder of its own; the image tokenizer passes no gradient.
+            ValueError: temperature not above 0.
         """
         if self.encoder is not None:
             raise NotImplementedError(
                 "FlowUMM with a separate encoder reads pixels, and its image tokenizer passes no gradient; "
                 "use LatentUMM's --capacity heads, or a model without separate_encoder"
             )
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; expected above 0")
         ids = self.pack_captions(texts).to(self.device)
-        x = torch.zeros(len(ids), self.num_image_tokens, self.image_tokenizer.config.latent_channels)
-        if generator is not None:
-            x = temperature * drawn_by(torch.randn, x.shape, generator)
-        x, level = x.to(self.device), torch.ones(x.shape[:2], device=self.device)
+        shape = (len(ids), self.num_image_tokens, self.image_tokenizer.config.latent_channels)
+        x = torch.zeros(shape) if generator is None else temperature * drawn_by(torch.randn, shape, generator)
+        x, level = x.to(self.device), torch.ones(shape[:2], device=self.device)
         drawn = x - self._velocity(x, level, ids)[0]
         return self._read(self._at(drawn, torch.zeros_like(level)), as_layers(layers, self.num_layers))
 

@@ -72,8 +72,22 @@ class PostTrainArguments(UMMArguments):
         default="float32",
         metadata={"help": "Of weights that `umm-kit train` loads: 'bfloat16' halves them, for adapters on large models."},
     )
+    replay_every: int = field(
+        default=4,
+        metadata={"help": "Every how many-th example is a question and a full-mask drawing instead of an anchor; 0: none."},
+    )
+    mask_layout: str = "dispersed"
+    lr_scheduler_type: str = "cosine"
+    muon: bool = False
 
     def __post_init__(self) -> None:
+        every, size = self.replay_every, self.per_device_train_batch_size
+        if every == 1 or every < 0:
+            raise ValueError(f"replay_every is {every}; expected 0 (no replay) or at least 2")
+        if every and size % every:
+            raise ValueError(
+                f"per_device_train_batch_size {size} is not a multiple of replay_every {every}, which all batches need"
+            )
         if self.load_dtype != "float32" and not self.lora_rank:
             raise ValueError(
                 f"load_dtype is {self.load_dtype!r} without adapters, and small updates in 16 bits are lost: set lora_rank, "
@@ -83,7 +97,7 @@ class PostTrainArguments(UMMArguments):
 
 
 class Muon(torch.optim.Muon):
-    """torch's, but that its Newton-Schulz steps compute in float32 on a processor, which may be slow in bfloat16."""
+    """torch's, with nesterov and match_rms_adamw; on a processor, which may be slow in bfloat16, it computes in float32."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -93,7 +107,9 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             a, b, c = group["ns_coefficients"]
             for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                if "momentum_buffer" not in (state := self.state[p]):
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                momentum = state["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 x = p.grad.lerp(momentum, group["momentum"])
                 x = x.T if len(p) > p.shape[1] else x

@@ -207,7 +207,7 @@ class LatentUMMConfig(PreferenceConfig):
     - "released": both latents from one sequence, in which the image has seen the words; two small MLPs beside the backbone stand
       for generation and re-encoding, so nothing is drawn; no guard against collapse; a preference for spread among noisy copies
       of a latent. (The release scales its adapters by 2; here the scale is 1.)
-    - "corrected": the text before any image, the image before any text; the model draws (one step, straight-through) and reads
+    - "corrected": the text before any image, the image before any text; the model draws and reads
       its drawing; InfoNCE keeps items apart; DPO on whole drawings, ranked by a frozen reader.
     """
 
@@ -311,6 +311,9 @@ class LatentUMMTrainer(PreferenceTrainer):
         needs = ["text_states"] + ["regenerate"] * (args.capacity == "generation" and args.capacity_weight > 0)
         if missing := [name for name in needs if not hasattr(model, name)]:
             raise ValueError(f"{type(model).__name__} has no {', '.join(missing)}; LatentUMM's {args.variant} form needs it")
+        if "regenerate" in needs:  # who cannot says so here, and not after the first drawings
+            with torch.no_grad():
+                model.regenerate([train_dataset[0]["texts"]], [])
         self.teacher = None
         if args.target_weight:
             self.teacher = open_teacher(args.teacher) if teacher is None else teacher

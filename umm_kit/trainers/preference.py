@@ -54,15 +54,11 @@ class PreferenceConfig(PostTrainArguments):
     understanding_weight: float = 1.0
     generation_weight: float = 1.0
     lora_rank: int = field(default=8, metadata={"help": "Of adapters on all blocks, merged at the end; 0 trains full weights."})
-    replay_every: int = field(default=4, metadata={"help": "Every how many-th native example is a question and a full drawing."})
-    mask_layout: str = "dispersed"
     max_steps: int = 300
     per_device_train_batch_size: int = 32
     learning_rate: float = 3e-4
     warmup_steps: float = 20
-    lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.0
-    muon: bool = False
     save_steps: float = 100
 
     def __post_init__(self) -> None:
@@ -79,11 +75,6 @@ class PreferenceConfig(PostTrainArguments):
             raise ValueError(f"{', '.join(wrong)}; expected beta above 0, and the others at least 0")
         if self.draws < 2 or self.draws % 2:
             raise ValueError(f"draws is {self.draws}; masks come in pairs: expected an even number")
-        if self.replay_every == 1 or self.replay_every < 0:
-            raise ValueError(f"replay_every is {self.replay_every}; expected 0 (no replay) or at least 2")
-        if self.replay_every and self.per_device_train_batch_size % self.replay_every:
-            size = self.per_device_train_batch_size
-            raise ValueError(f"per_device_train_batch_size {size} is not a multiple of replay_every {self.replay_every}")
         super().__post_init__()
 
     @property

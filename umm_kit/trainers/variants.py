@@ -118,11 +118,6 @@ class DIVAConfig(PostTrainArguments):
     temperature: float = 0.1
     mask_equal_facts: bool = varied("Pairs that say the same are no negatives of each other.")
     queue: int = varied("Targets of earlier batches kept as further negatives (directed only).")
-    replay_every: int = field(
-        default=4,
-        metadata={"help": "Every how many-th example is a question and a full-mask drawing instead of an anchor; 0: none."},
-    )
-    mask_layout: str = "dispersed"
     pairs: str = field(
         default="true", metadata={"help": "'shuffled' is a control: all of DIVA sees U of one anchor with G of the next."}
     )
@@ -141,9 +136,7 @@ class DIVAConfig(PostTrainArguments):
     per_device_train_batch_size: int = 64
     learning_rate: float = 3e-5
     warmup_steps: float = 800
-    lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.01
-    muon: bool = False
     ema_decay: float = varied("Decay of the averaged weights; 0 is off.")
     save_steps: float = 500
 
@@ -163,8 +156,6 @@ class DIVAConfig(PostTrainArguments):
         weights += ("understanding_weight", "generation_weight", "reconstruction_weight", "lora_rank", "queue")  # type: ignore[assignment]
         if negative := [name for name in weights if getattr(self, name) < 0]:
             raise ValueError(f"{negative} are negative; expected at least 0")
-        if self.replay_every == 1 or self.replay_every < 0:
-            raise ValueError(f"replay_every is {self.replay_every}; expected 0 (no replay) or at least 2")
         anchors = self.per_device_train_batch_size * (1 - 1 / self.replay_every if self.replay_every else 1)
         if self.factors and anchors < 2:
             raise ValueError(
@@ -173,11 +164,6 @@ class DIVAConfig(PostTrainArguments):
             )
         if len(set(self.layers)) < len(self.layers):
             raise ValueError(f"layers are {self.layers}; expected each once")
-        if self.replay_every and self.per_device_train_batch_size % self.replay_every:
-            raise ValueError(
-                f"per_device_train_batch_size {self.per_device_train_batch_size} is not a multiple of replay_every "
-                f"{self.replay_every}; every batch needs as many anchors as the others"
-            )
         if self.queue and not self.stop_gradient:
             raise ValueError(f"queue is {self.queue}, but without stop_gradient the alignment is symmetric and takes no queue")
         against = {
