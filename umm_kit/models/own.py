@@ -42,7 +42,6 @@ class OwnUMMConfig(PretrainedConfig):
     """
 
     image_tokenizer_config: ClassVar[Any] = ImageTokenizerConfig
-
     hidden_size: int = 128
     num_layers: int = 10
     num_heads: int = 4

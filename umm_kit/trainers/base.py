@@ -85,9 +85,7 @@ class PostTrainArguments(UMMArguments):
         if every == 1 or every < 0:
             raise ValueError(f"replay_every is {every}; expected 0 (no replay) or at least 2")
         if every and size % every:
-            raise ValueError(
-                f"per_device_train_batch_size {size} is not a multiple of replay_every {every}, which all batches need"
-            )
+            raise ValueError(f"per_device_train_batch_size {size} is not a multiple of replay_every {every}")
         if self.load_dtype != "float32" and not self.lora_rank:
             raise ValueError(
                 f"load_dtype is {self.load_dtype!r} without adapters, and small updates in 16 bits are lost: set lora_rank, "
