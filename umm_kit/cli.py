@@ -87,6 +87,12 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     seed = ("--seed", {"type": int, "default": 1, "help": "of data and decoding (default: %(default)s)"})
     texture = ("--texture", {"choices": ("none", "mid", "high"), "default": "mid", "help": "of scenes (default: %(default)s)"})
     dtype = ("--dtype", {"default": "float32", "help": "of the weights; bfloat16 halves them (default: %(default)s)"})
+    data = ("--data", {"default": "shapes", "help": "shapes, digits, or an image-text folder (default: %(default)s)"})
+    guidance = (
+        "--guidance",
+        {"type": float, "default": 3.0, "help": "of drawing, classifier-free; 1: none (default: %(default)s)"},
+    )
+    chance = ("--temperature", {"type": float, "default": 1.0, "help": "of drawing (default: %(default)s)"})
     record = ("--output", {"type": Path, "metavar": "FILE.json", "help": "also write all of it, with the record of the run"})
     folder = ("--notebooks", {"default": "notebooks", "metavar": "FOLDER", "help": "(default: %(default)s)"})
 
@@ -102,30 +108,26 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     commands["train"] = subparsers.add_parser("train", help="train a model", description="train a model or a tokenizer")
     commands["train"].add_argument("what", choices=sorted(TRAINERS), help="options of one: umm-kit train masked --help")
 
-    sub = command(evaluate, model, dtype, split, seed, texture, record)
-    sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
+    sub = command(evaluate, model, dtype, split, seed, texture, record, data, guidance, chance)
     sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--prompts", type=int, default=64, help="drawn per category (default: %(default)s)")
 
-    sub = command(diagnose, model, dtype, split, seed, texture, record)
-    sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
+    sub = command(diagnose, model, dtype, split, seed, texture, record, data)
     sub.add_argument("--n", type=int, help="anchors (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--panels", nargs="+", metavar="PANEL", help="some of gradients residual rank spectrum similarity")
     sub.add_argument("--mask-ratios", nargs="+", type=float, default=[0.2, 0.4, 0.6], help="(default: 0.2 0.4 0.6)")
     sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw DIVA's Figure 2 of this model")
     sub.add_argument("--along", action="store_true", help="only gradient conflict, at each checkpoint that is kept in MODEL")
 
-    sub = command(extract, model, dtype, split, seed, texture)
+    sub = command(extract, model, dtype, split, seed, texture, data)
     sub.add_argument("folder", type=Path, help="for the shards; a stopped run goes on in it")
-    sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
     items = "as --n elsewhere, which torchrun would take for an option of its own (default: 512 scenes of shapes, or all)"
     sub.add_argument("--items", dest="n", type=int, metavar="N", help=items)
     sub.add_argument("--layers", nargs="+", type=int, help="0 is the embedding (default: all)")
     sub.add_argument("--tokens", action="store_true", help="keep the state of every image token, not their mean")
     sub.add_argument("--batch-size", type=int, default=64, help="examples per shard (default: %(default)s)")
 
-    sub = command(drift, model, dtype, split, seed, texture, record)
-    sub.add_argument("--data", default="shapes", help="shapes, digits, or an image-text folder (default: %(default)s)")
+    sub = command(drift, model, dtype, split, seed, texture, record, data, guidance, chance)
     sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--cycles", type=int, default=8, help="of text to image to text (default: %(default)s)")
     sub.add_argument("--start", choices=("text", "image"), default="text", help="(default: %(default)s)")
@@ -296,7 +298,8 @@ def drift(args: argparse.Namespace) -> int:
 
     model, data = _opened(args)
     teacher = load_teacher(args.teacher) if args.teacher else None
-    found = uk.drift(model, data, args.cycles, args.start, args.repeats, args.seed, teacher=teacher)
+    decoding = uk.Decoding(guidance=args.guidance, temperature=args.temperature)
+    found = uk.drift(model, data, args.cycles, args.start, args.repeats, args.seed, teacher=teacher, decoding=decoding)
     found.record |= {"model": args.model, "command": command(args.argv)}
     frame = found.to_frame()
     table = frame.pivot_table(index="cycle", columns="metric", values="value", sort=False)
@@ -310,7 +313,8 @@ def evaluate(args: argparse.Namespace) -> int:
     from umm_kit.records import command
 
     model, data = _opened(args)
-    result = uk.evaluate(model, data, seed=args.seed, n_prompts=args.prompts)
+    decoding = uk.Decoding(guidance=args.guidance, temperature=args.temperature)
+    result = uk.evaluate(model, data, seed=args.seed, n_prompts=args.prompts, decoding=decoding)
     result.record |= {"model": args.model, "command": command(args.argv)}
     print(f"{result!r}\n{result.record['seconds']:.0f} seconds on {result.record['device']}")
     if args.output:

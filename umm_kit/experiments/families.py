@@ -124,15 +124,6 @@ def effects(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def depth(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """What the diagnosis says at each layer: one row per family, panel, series and layer, its mean and its range over seeds."""
-    frames = []
-    for r in records.values():
-        frames.append(pd.DataFrame(r["diagnosis"]["data"], columns=r["diagnosis"]["columns"]).assign(family=r["arm"]))
-    grouped = pd.concat(frames).groupby(["family", "panel", "series", "layer"], sort=False).value
-    return grouped.agg(value="mean", low="min", high="max", runs="count").reset_index()
-
-
 def claims(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Which shapes of DIVA's Figure 2 a family has: a row per claim, and of each family how many models with each verdict."""
     frames = [pd.DataFrame(r["claims"]).assign(family=r["arm"]) for r in records.values()]
