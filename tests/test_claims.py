@@ -40,6 +40,15 @@ def test_a_peak_by_hand():
     assert row.null == pytest.approx(0) and row.n == 64 and row.verdict == "reproduced"
 
 
+def test_a_saved_diagnosis_has_the_same_verdicts(tmp_path):
+    """Six layers: the thirds end at layers 2 and 4, whose depths 1/3 and 2/3 are rounded in a file."""
+    values = np.repeat([5.0, 0, 3, 1], [1, 2, 2, 2])
+    whole = Diagnosis(pd.concat([curve("rank", "increment", values), curve("rank", "another mask draw", 0 * values)]), {})
+    whole.save(tmp_path / "whole.json")
+    pd.testing.assert_frame_equal(shape_claims(Diagnosis.load(tmp_path / "whole.json")), shape_claims(whole), atol=1e-3)
+    assert shape_claims(whole).here[0] == pytest.approx(2)
+
+
 @pytest.mark.parametrize(
     ("values", "half", "expected"),
     [

@@ -186,12 +186,12 @@ if PRESET == "full":
 plots.forest({f"reader / writer, {short} cycles (n = {few})": rows}, "mean survival")
 
 # %% [markdown]
-# **What you should see.** With a perfect writer, or with a perfect reader, the model keeps somewhat more; with so few items the
-# intervals overlap, so that it cannot be said whose part is larger. The tokenizer is innocent here:
-# perfect partners lose nothing through it, and on codes the model is no better than through pixels.
+# **What you should see.** With a perfect *writer* the model keeps more, item by item, and the interval of the gain lies above 0:
+# its drawings forget. With a perfect *reader* the gain cannot be told from 0 by so few items. Both exchanged, nothing is lost.
+# The tokenizer is innocent here: perfect partners lose next to nothing through it, and on codes the model gains nothing.
 #
 # **If you see something else.** A perfect reader also says *places*, which the model's captions leave out; the writer then
-# has more to follow, and more to get wrong.
+# has more to follow, and more to get wrong: its gain can be below 0.
 #
 # **Published value.** None. The paper aligns both maps at once, into the latent space and out of it.
 

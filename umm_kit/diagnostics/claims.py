@@ -43,7 +43,8 @@ def _means(bands: Bands, where: np.ndarray) -> tuple[float, float, float]:
 
 def middle(depth: np.ndarray, bands: Bands) -> tuple[float, float, float]:
     """Mean of the middle third less that of the higher outer third: above 0 only if the middle tops *both* ends."""
-    thirds = depth <= 1 / 3, (depth > 1 / 3) & (depth <= 2 / 3), depth > 2 / 3
+    first, second = 1 / 3 + 1e-3, 2 / 3 + 1e-3  # depths that were saved are rounded
+    thirds = depth <= first, (depth > first) & (depth <= second), depth > second
     if not all(third.any() for third in thirds):
         raise ValueError(
             f"layers at the relative depths {depth.round(2).tolist()} leave a third empty; expected at least 3 layers"
