@@ -232,5 +232,5 @@ _NOT_HERE = (
     Verdict(DIVA, "Fig. 5", "shared factors of near-duplicates lie together in a t-SNE map", "not attempted",
             "of factors; of raw states notebook 02 (section 5) measures it, with a null", "umm-kit reproduce"),
     Verdict(LATENTUMM, "abstract", "it works across architectures", "not attempted",
-            "trained here on the masked family alone, though others can be", "umm-kit train latentumm --model tiny-autoregressive"),
+            "trained here on the masked family alone, others can be", "umm-kit train latentumm --model tiny-autoregressive"),
 )  # fmt: skip
