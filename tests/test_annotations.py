@@ -118,6 +118,7 @@ EXCEPTIONS = {
     "check_loaded": "of what transformers says; no array",
     "cast": "of a model; no array",
     "Draws.generate": "of a model; each family's is called in its own test file",
+    "Decoding.word": "of a model's scores; every family says its words by it",
     "scores_of": "of a FlowOutput, whose fields it returns; every family's in tests/test_contract.py",
     "example_losses": "of a FlowOutput; compared with every family's own losses in tests/test_contract.py",
     "recording": "a context; its arrays are those of the blocks (tests/test_pretrained.py compares them with transformers)",

@@ -123,8 +123,8 @@ def fake(monkeypatch):
 
     calls = []
 
-    def evaluate(model, data, seed, n_prompts):
-        calls.append((data, seed, n_prompts))
+    def evaluate(model, data, seed, n_prompts, decoding):
+        calls.append((data, seed, n_prompts, decoding.guidance, decoding.temperature))
         items = {"caption_f1": {f"id-{i}": float(i > 0) for i in range(4)}}
         record = {"model": "?", "data": repr(data), "seconds": 1.0, "device": "cpu"}
         return Evaluation(items, {}, {"caption_f1": 0.25}, ["a note"], record)
@@ -137,9 +137,11 @@ def fake(monkeypatch):
 def test_evaluate_passes_its_options_on_and_writes_a_record(fake, tmp_path, capsys):
     output = tmp_path / "new" / "scores.json"
     argv = ["evaluate", "m", "--n", "3", "--seed", "7", "--split", "validation", "--prompts", "5", "--output", str(output)]
+    argv += ["--guidance", "2", "--temperature", "0.7"]
     assert cli.main(argv) == 0
-    ((data, seed, n_prompts),) = fake
+    ((data, seed, n_prompts, *decoding),) = fake
     assert (data.split, data.n, data.seed, data.image_size, seed, n_prompts) == ("validation", 3, 7, 32, 7, 5)
+    assert decoding == [2.0, 0.7]
     out = capsys.readouterr().out
     assert "m on Shapes('validation', n=3" in out and "caption_f1  0.750  [" in out and "a note" in out
     content = json.loads(output.read_text())
@@ -185,7 +187,7 @@ def test_config_file_gives_options_and_flags_win(fake, tmp_path):
     file = tmp_path / "evaluate.yaml"
     file.write_text("model: m\nn: 4\nseed: 5\nsplit: validation\n")
     assert cli.main(["evaluate", "--config", str(file), "--seed", "6"]) == 0
-    ((data, seed, _),) = fake
+    ((data, seed, *_),) = fake
     assert (data.n, data.split, seed) == (4, "validation", 6)
 
 
