@@ -129,7 +129,7 @@ def fake(monkeypatch):
         record = {"model": "?", "data": repr(data), "seconds": 1.0, "device": "cpu"}
         return Evaluation(items, {}, {"caption_f1": 0.25}, ["a note"], record)
 
-    monkeypatch.setitem(vars(umm_kit), "load", lambda name, dtype: _Model())
+    monkeypatch.setitem(vars(umm_kit), "load", lambda name, device, dtype: _Model())
     monkeypatch.setitem(vars(umm_kit), "evaluate", evaluate)
     return calls
 
@@ -162,7 +162,7 @@ def test_drift_prints_a_table_writes_rows_and_draws(monkeypatch, tmp_path, capsy
             PerfectReader.__init__(self, data)
             PerfectWriter.__init__(self, data)
 
-    monkeypatch.setitem(vars(umm_kit), "load", lambda name, dtype: Perfect(umm_kit.Shapes("test", n=24)))
+    monkeypatch.setitem(vars(umm_kit), "load", lambda name, device, dtype: Perfect(umm_kit.Shapes("test", n=24)))
     output, figure = tmp_path / "new" / "drift.json", tmp_path / "new" / "drift.png"
     argv = ["drift", "m", "--n", "24", "--cycles", "2", "--start", "image", "--output", str(output), "--figure", str(figure)]
     assert cli.main(argv) == 0

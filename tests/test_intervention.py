@@ -15,22 +15,28 @@ from umm_kit.models.masked import MaskedUMM
 class Halves(nn.Module):
     """Encoders that read the first and the last half of the channels: what each shift must be is known."""
 
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+
     def forward(self, states):
         h = states[intervention.FLOW]
-        return Factors({intervention.FLOW: h[..., :2]}, {intervention.FLOW: h[..., 2:]})
+        return Factors({intervention.FLOW: self.scale * h[..., :2]}, {intervention.FLOW: h[..., 2:]})
 
 
 @pytest.mark.parametrize("which", ["shared", "unique"])
-@pytest.mark.parametrize("shape", [(64, 4), (16, 5, 4)])
-def test_the_smallest_shift_is_in_the_half_that_moves(which, shape):
+@pytest.mark.parametrize(("shape", "scale"), [((64, 4), 1.0), ((16, 5, 4), 1.0), ((64, 4), 0.01)])
+def test_the_smallest_shift_is_in_the_half_that_moves(which, shape, scale):
+    """Also where the factor hardly varies, as a trained one may."""
     h = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     others = h.roll(1, 0)
-    delta, found = intervention.move(Halves(), h, others, which, steps=400, weight=1e-4)
+    delta, found = intervention.move(Halves(scale), h, others, which, steps=400, weight=1e-4)
     mine = slice(0, 2) if which == "shared" else slice(2, 4)
     wanted = torch.zeros_like(h)
     wanted[..., mine] = (others - h)[..., mine]
     torch.testing.assert_close(delta, wanted, atol=0.02, rtol=0.02)
     assert found["moved"] > 0.999 and found["strayed"] < 1e-3
+    assert found["apart"] == pytest.approx(2 * (scale**2 if which == "shared" else 1), rel=0.3)
 
 
 def test_a_heavier_weight_shortens_the_shift():
@@ -108,7 +114,7 @@ def records(moved_shared):
         shares = {"none": 0.0, "shared": moved_shared, "unique": 0.1, "all": 0.9}
         shares |= {"control of shared": 0.1, "control of unique": 0.1, "control of all": 0.5}
         items = {shift: draw(p) for shift, p in shares.items()}
-        shifts = {"shared": {"moved": 0.9, "strayed": 0.1, "length": 1.0}}
+        shifts = {"shared": {"moved": 0.9, "strayed": 0.1, "apart": 2.0, "length": 1.0}}
         out[str(seed)] = {"encoder": "gated", "seed": seed, "layer": 5, "n": 400, "items": items, "shifts": shifts}
     return out
 

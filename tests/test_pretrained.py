@@ -63,6 +63,26 @@ def test_what_is_saved_is_what_is_loaded(model, batch, tmp_path):
         assert torch.equal(model.image_tokenizer.decode(codes), again.image_tokenizer.decode(codes))
 
 
+def test_layers_are_shared_by_devices(model, batch, tmp_path):
+    """On a machine with one: every layer hands its inputs over and takes its output back, and nothing else changes."""
+    model.save_pretrained(tmp_path)
+    one, two = uk.load(tmp_path, "cpu"), uk.load(tmp_path, "cpu:0,cpu")
+    assert [str(layer._hf_hook.execution_device) for layer in two.layers] == ["cpu:0"] * 2 + ["cpu"] * 2
+    found = []
+    for m in (one, two):
+        out = m.understanding_flow(batch)
+        out.loss.backward()
+        drawn = m.image_log_prob(batch["texts"], batch["images"]) if hasattr(m, "image_log_prob") else out.loss
+        gradient = next(iter(m.layer_parameters().values()))[0].grad
+        found.append([*out.hidden_states.values(), gradient, drawn, m.understand(batch["images"])])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:-1], found[1][:-1], strict=True)) and found[0][-1] == found[1][-1]
+
+
+def test_a_small_model_has_one_device():
+    with pytest.raises(ValueError, match="several devices share the layers of real checkpoints"):
+        uk.load("tiny-masked", "cpu,cpu")
+
+
 def test_captions_cost_what_transformers_says(model, batch):
     """Its own forward, with labels on the caption: the same mean loss."""
     asked = [model.asked(None) for _ in batch["texts"]]

@@ -87,6 +87,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     seed = ("--seed", {"type": int, "default": 1, "help": "of data and decoding (default: %(default)s)"})
     texture = ("--texture", {"choices": ("none", "mid", "high"), "default": "mid", "help": "of scenes (default: %(default)s)"})
     dtype = ("--dtype", {"default": "float32", "help": "of the weights; bfloat16 halves them (default: %(default)s)"})
+    device = ("--device", {"default": "auto", "help": "as cpu, cuda:1, or cuda:0,cuda:1, which share layers (default: auto)"})
     data = ("--data", {"default": "shapes", "help": "shapes, digits, or an image-text folder (default: %(default)s)"})
     guidance = (
         "--guidance",
@@ -108,18 +109,18 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     commands["train"] = subparsers.add_parser("train", help="train a model", description="train a model or a tokenizer")
     commands["train"].add_argument("what", choices=sorted(TRAINERS), help="options of one: umm-kit train masked --help")
 
-    sub = command(evaluate, model, dtype, split, seed, texture, record, data, guidance, chance)
+    sub = command(evaluate, model, dtype, device, split, seed, texture, record, data, guidance, chance)
     sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--prompts", type=int, default=64, help="drawn per category (default: %(default)s)")
 
-    sub = command(diagnose, model, dtype, split, seed, texture, record, data)
+    sub = command(diagnose, model, dtype, device, split, seed, texture, record, data)
     sub.add_argument("--n", type=int, help="anchors (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--panels", nargs="+", metavar="PANEL", help="some of gradients residual rank spectrum similarity")
     sub.add_argument("--mask-ratios", nargs="+", type=float, default=[0.2, 0.4, 0.6], help="(default: 0.2 0.4 0.6)")
     sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw DIVA's Figure 2 of this model")
     sub.add_argument("--along", action="store_true", help="only gradient conflict, at each checkpoint that is kept in MODEL")
 
-    sub = command(extract, model, dtype, split, seed, texture, data)
+    sub = command(extract, model, dtype, device, split, seed, texture, data)
     sub.add_argument("folder", type=Path, help="for the shards; a stopped run goes on in it")
     items = "as --n elsewhere, which torchrun would take for an option of its own (default: 512 scenes of shapes, or all)"
     sub.add_argument("--items", dest="n", type=int, metavar="N", help=items)
@@ -127,7 +128,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--tokens", action="store_true", help="keep the state of every image token, not their mean")
     sub.add_argument("--batch-size", type=int, default=64, help="examples per shard (default: %(default)s)")
 
-    sub = command(drift, model, dtype, split, seed, texture, record, data, guidance, chance)
+    sub = command(drift, model, dtype, device, split, seed, texture, record, data, guidance, chance)
     sub.add_argument("--n", type=int, help="items (default: 512 scenes of shapes, or all there are of anything else)")
     sub.add_argument("--cycles", type=int, default=8, help="of text to image to text (default: %(default)s)")
     sub.add_argument("--start", choices=("text", "image"), default="text", help="(default: %(default)s)")
@@ -236,7 +237,7 @@ def _opened(args: argparse.Namespace) -> tuple[Any, Any]:
     more: dict[str, Any] = {"nuisance": uk.Nuisance(texture=args.texture)} if args.data == "shapes" else {}
     if args.data not in ("shapes", "digits") and getattr(args, "start", "text") == "image":
         more["captions"] = False  # what starts from pictures asks for none
-    model, n = uk.load(args.model, dtype=args.dtype), args.n or (512 if args.data == "shapes" else None)
+    model, n = uk.load(args.model, args.device, args.dtype), args.n or (512 if args.data == "shapes" else None)
     return model, open_data(args.data, args.split, n=n, seed=args.seed, image_size=model.image_size, **more)
 
 

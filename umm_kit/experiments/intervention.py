@@ -4,11 +4,11 @@ What a factor *holds*, an audit shows (:func:`umm_kit.evaluation.audit.audit`), 
 shuffled pairs, among them. Whether the model *uses* it takes a change. In the understanding flow, at a middle layer,
 find the smallest shift of the states h_i of picture i (Adam on the shift alone; encoders and backbone frozen)
 
-    min over delta   |E_a(h_i + delta) - E_a(h_j)|^2 + |E_b(h_i + delta) - E_b(h_i)|^2 + w |delta|^2
+    min over delta   |E_a(h_i + delta) - E_a(h_j)|^2 / D_a + |E_b(h_i + delta) - E_b(h_i)|^2 / D_b + w |delta|^2
 
-with a = shared and b = unique, or the reverse, and delta in units of each channel's spread; let the model go on from there, and
-read its caption. Encoders read the mean over image tokens, so one shift of it is the same at every token; a transformer encoder
-reads tokens, and each has a shift of its own.
+with a = shared and b = unique, or the reverse, D the mean of |E(h_i) - E(h_j)|^2 (a factor may hardly vary), and delta in units
+of each channel's spread; let the model go on from there, and read its caption. Encoders read the mean over image tokens, so one
+shift of it is the same at every token; a transformer encoder reads tokens, and each has a shift of its own.
 
 Shifts that are judged beside it: none; *all* of what the encoder reads replaced by that of picture j, which bounds what any shift
 of this kind can do; and for each of shared, unique and all its *control*, as long in the same units, towards a third picture.
@@ -93,29 +93,32 @@ def move(
 
     Returns:
         The shift, as h; and ``moved``, the share of the way that the one factor went, ``strayed``, by how much the other factor
-        left its place, in units of its distance to that of ``others`` (both of squared distances, means over items).
+        left its place, in units of its distance to that of ``others`` (both of squared distances, means over items); ``apart``,
+        that distance of the one factor per number: 2 of numbers of variance 1, 0 of a factor that is a constant.
     """
     spread = spread_of(h)
     with torch.no_grad():
         here, there = encoders({FLOW: h}), encoders({FLOW: others})
+    a, b = ("shared", "unique") if which == "shared" else ("unique", "shared")
 
-    def distances(z: Factors) -> tuple[Tensor, Tensor]:
-        to = [(z.shared, there.shared, here.shared), (z.unique, there.unique, here.unique)]
-        (a, goal, _), (b, _, home) = to if which == "shared" else to[::-1]
-        return (a[FLOW] - goal[FLOW]).square().mean(-1), (b[FLOW] - home[FLOW]).square().mean(-1)
+    def distance(name: str, x: Factors, y: Factors) -> Tensor:
+        return (getattr(x, name)[FLOW] - getattr(y, name)[FLOW]).square().mean(-1)
 
+    unit = {name: distance(name, here, there).mean().clamp(min=1e-12) for name in (a, b)}
     step = torch.zeros_like(h).requires_grad_()
     optimizer = torch.optim.Adam([step], lr=rate)
     for _ in range(steps):
-        reach, stray = distances(encoders({FLOW: h + step * spread}))
-        loss = (reach + stray + weight * step.square().mean(-1)).sum()
+        z = encoders({FLOW: h + step * spread})
+        away = distance(a, z, there) / unit[a] + distance(b, z, here) / unit[b]
+        loss = (away + weight * step.square().mean(-1)).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     delta = (step * spread).detach()
     with torch.no_grad():
-        (reach, stray), (start, _), (_, far) = (distances(z) for z in (encoders({FLOW: h + delta}), here, there))
-    return delta, {"moved": 1 - float(reach.mean() / start.mean()), "strayed": float(stray.mean() / far.mean())}
+        z = encoders({FLOW: h + delta})
+    left, strayed = (float(distance(name, z, goal).mean() / unit[name]) for name, goal in ((a, there), (b, here)))
+    return delta, {"moved": 1 - left, "strayed": strayed, "apart": float(unit[a])}
 
 
 def spread_of(h: Tensor) -> Tensor:
@@ -282,8 +285,9 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
 def summary(records: Mapping[str, Mapping[str, Any]]) -> str:
     """How far the shifts went, what was then said, and the verdicts."""
     lines, frame = list[str](), effects(records)
+    how = "{} ({apart:.1g} apart) moved {moved:.2f}, strayed {strayed:.2f}"
     for name, r in records.items():
-        went = [f"{k} moved {v['moved']:.2f}, strayed {v['strayed']:.2f}" for k, v in r["shifts"].items() if "moved" in v]
+        went = [how.format(k, **v) for k, v in r["shifts"].items() if "moved" in v]
         lines.append(f"{name}, layer {r['layer']}, {r['n']} pictures: {'; '.join(went)}")
     judged = verdicts(frame) if "low" in frame else frame
     table = judged.to_string(index=False, float_format="%.3f")

@@ -14,8 +14,9 @@ CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 def load(name: str | Path, device: str = "auto", dtype: str = "float32", download: bool = False) -> Any:
     """Load a shipped model ("tiny-masked"), a folder that save_pretrained wrote, or a checkpoint of Janus or Emu3 by its hub id.
 
-    ``dtype`` "auto" takes bf16 only where a short matrix-product probe beats float32. A hub id is looked up in the local cache;
-    nothing is fetched unless ``download``. Weights are read from safetensors alone, and no code that comes with them is run.
+    ``dtype`` "auto" takes bf16 only where a short matrix-product probe beats float32. Several devices, "cuda:0,cuda:1", share the
+    layers of a checkpoint that is too large for one. A hub id is looked up in the local cache; nothing is fetched unless
+    ``download``. Weights are read from safetensors alone, and no code that comes with them is run.
 
     Raises:
         ValueError: no such name or folder, a family that is not known, weights in another format.
@@ -24,7 +25,7 @@ def load(name: str | Path, device: str = "auto", dtype: str = "float32", downloa
     from umm_kit.models.base import cast, resolve_device, resolve_dtype
     from umm_kit.models.flowmatching import FlowUMM
     from umm_kit.models.masked import MaskedUMM
-    from umm_kit.models.pretrained import PRETRAINED
+    from umm_kit.models.pretrained import PRETRAINED, spread
 
     if (Path(name) / "adapter_config.json").exists():
         return _with_adapter(Path(name), device, dtype, download)
@@ -42,14 +43,16 @@ def load(name: str | Path, device: str = "auto", dtype: str = "float32", downloa
         from umm_kit.models.sizes import sizes
 
         print(f"{sizes(name)}\nNot yet run on these weights by the authors of umm_kit. Fetching what is not in the cache ...")
-    where = resolve_device(device)
+    places = [resolve_device(one) for one in str(device).split(",")]
+    if len(places) > 1 and kind in own:
+        raise ValueError(f"device is {device!r}, but {name} is small; several devices share the layers of real checkpoints")
     more = {"local_files_only": True, "use_safetensors": True} if kind in own else {"download": download}
     try:
         with _quietly() if kind in own else nullcontext():
             model = families[kind].from_pretrained(place, **more)
     except Exception as error:  # whatever a file may hold that is not what it should be
         raise ValueError(f"no {kind} model could be read from {str(name)!r}: {str(error).splitlines()[0]}") from error
-    return cast(model.to(where), resolve_dtype(dtype, where)).eval()
+    return spread(cast(model, resolve_dtype(dtype, places[0])), places).eval()
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class PretrainedUMM(CausalUMM):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, download: bool = False, **options: Any) -> PretrainedUMM:
-        """A folder, or a hub id that is in the local cache, or is fetched if ``download``; ``options`` (dtype, device_map) go to
+        """A folder, or a hub id that is in the local cache, or is fetched if ``download``; ``options`` (dtype, ...) go to
         transformers. Weights are read from safetensors alone, and no code that comes with a model is run."""
         import transformers
         from transformers.utils import cached_file
@@ -329,6 +330,24 @@ class LiquidUMM(OneVocabulary):
         beside = Path(name, "image_tokenizer")
         safe: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
         return {"vq": ChameleonVQVAE.from_pretrained(beside, **safe) if beside.is_dir() else None}
+
+
+def spread(model: Any, devices: Sequence[torch.device]) -> Any:
+    """Move a model to a device; to several, its layers in equal runs, and all else to the first.
+
+    A layer takes its inputs to its device, and gives its output back on theirs: whatever is computed around the layers, and every
+    state that is read, is on the first device. Cached keys and values stay where they were made.
+    """
+    if len(devices) == 1:
+        return model.to(devices[0])
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    layers, model.body.layers = model.body.layers, nn.ModuleList()  # the whole may be too large for the first device
+    for k, layer in enumerate(layers):
+        hook = AlignDevicesHook(devices[k * len(devices) // len(layers)], io_same_device=True, skip_keys=["past_key_values"])
+        add_hook_to_module(layer.to(hook.execution_device), hook)
+    model.to(devices[0]).body.layers = layers
+    return model
 
 
 #: model_type of a checkpoint -> its class here
