@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -27,6 +28,25 @@ def test_ledger_survives_half_a_line(tmp_path):
         file.write('{"name": "b", "sco')
     ledger.add("c", {"score": 3})
     assert list(ledger.records()) == ["a", "c"]
+
+
+@dataclass
+class Sizes:
+    seeds: tuple[int, ...] = (0, 1)
+    steps: int = 100
+    settings: dict = field(default_factory=lambda: {"rate": 1e-3})
+
+
+def test_runs_of_other_sizes_do_not_mix(tmp_path):
+    file = tmp_path / "runs.jsonl"
+    Ledger(file).add("from before records kept it", {"score": 0})
+    Ledger(file, Sizes()).add("a", {"score": 1})
+    assert Ledger(file, Sizes(seeds=(7,))).records()["a"]["preset"] == {"steps": 100, "settings": {"rate": 1e-3}}
+    assert len(Ledger(file).records()) == 2, "without a preset all are read"
+    with pytest.raises(ValueError, match=r"holds 'a' with steps 100 \(now 200\); choose another --records"):
+        Ledger(file, Sizes(steps=200)).records()
+    with pytest.raises(ValueError, match=r"settings {'rate': 0.001} .now"):
+        Ledger(file, Sizes(settings={"rate": 1e-2})).records()
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,25 @@ ASYMMETRIC = (*ONE_FLOW["understanding"], *ONE_FLOW["generation"])
 class Ledger:
     """The runs of one experiment: a file of JSON lines, one per finished run, each with its ``name``.
 
-    Lines are appended whole, so several processes may share a file; the runs of two files are those of both.
+    Lines are appended whole, so several processes may share a file; the runs of two files are those of both. With a ``preset``
+    each keeps the sizes and settings it was made with (its tuples, such as seeds, say which runs there are, not how they go).
     """
 
     path: Path
+    preset: Any = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the preset, as they are written."""
+        every = {} if self.preset is None else vars(self.preset)
+        return json.loads(json.dumps({k: v for k, v in every.items() if isinstance(v, bool | int | float | str | dict)}))
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Finished runs by name. A line that a full disk cut short is no run; the next one starts on a line of its own."""
+        """Finished runs by name. A line that a full disk cut short is no run; the next one starts on a line of its own.
+
+        Raises:
+            ValueError: a run of another preset, whose numbers these runs' cannot stand beside.
+        """
         out = {}
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             try:
@@ -38,11 +50,16 @@ class Ledger:
             except json.JSONDecodeError:
                 continue
             out[record["name"]] = record
+            made = record.get("preset", {})
+            if other := [f"{k} {made[k]} (now {v})" for k, v in self.settings.items() if made.get(k, v) != v]:
+                raise ValueError(f"{self.path} holds {record['name']!r} with {', '.join(other)}; choose another --records")
         return out
 
     def add(self, name: str, content: Mapping[str, Any]) -> None:
         """Append one run with what stands behind its numbers."""
         record = {"name": name, "command": command(), "versions": versions(), "device": machine(), **content}
+        if self.preset is not None:
+            record["preset"] = self.settings
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = not self.path.exists() or not self.path.stat().st_size or self.path.read_bytes().endswith(b"\n")
         line = ("" if whole else "\n") + json.dumps(record, default=str) + "\n"

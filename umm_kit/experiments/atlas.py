@@ -89,7 +89,7 @@ PRESETS = {
 
 def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
     """Train and score every model of the grid that has no record yet."""
-    ledger, folder = Ledger(Path(records)), Path(folder)
+    ledger, folder = Ledger(Path(records), preset), Path(folder)
     tokenizer = folder / "image_tokenizer"
     if not (tokenizer / "config.json").exists():
         load("tiny-masked", device="cpu").image_tokenizer.save_pretrained(tokenizer)

@@ -125,7 +125,7 @@ class Study:
 
     def tune(self, preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
         """Cost of every arm that is matched in time, then the trials, on the first base, validation items and the tuning seed."""
-        ledger, folder = Ledger(Path(records)), Path(folder)
+        ledger, folder = Ledger(Path(records), preset), Path(folder)
         base, seed, middle = preset.bases[0], preset.tuning_seed, preset.rates[len(preset.rates) // 2]
         tuned = self.tuned(preset)
         costly = [self.reference, *(name for name in tuned if self.arms[name].plain)]
@@ -186,7 +186,7 @@ class Study:
 
     def run(self, preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
         """Train and judge every arm from every base with every seed that has no record yet."""
-        ledger, folder = Ledger(Path(records)), Path(folder)
+        ledger, folder = Ledger(Path(records), preset), Path(folder)
         tuning = Ledger(Path(records).with_name(Path(records).stem + "-tuning.jsonl")).records()
         for name, base, seed in mine(self.runs(preset), part, lambda run: run_name(*run) in ledger.records()):
             model, content = load(base, device="cpu"), dict[str, Any]()

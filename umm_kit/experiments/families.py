@@ -63,7 +63,7 @@ def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int
     Raises:
         ValueError: a seed for which there is no masked model.
     """
-    ledger, folder = Ledger(Path(records)), Path(folder)
+    ledger, folder = Ledger(Path(records), preset), Path(folder)
     title, shipped = "{}, seed {}".format, dict(preset.masked)
     if "masked" in preset.arms and (missing := [seed for seed in preset.seeds if seed not in shipped]):
         raise ValueError(f"no masked model of this recipe is shipped for seed {missing}; expected some of {list(shipped)}")

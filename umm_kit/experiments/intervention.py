@@ -176,7 +176,7 @@ def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int
 
     An audit pools states; encoders that read tokens have none.
     """
-    ledger = Ledger(Path(records))
+    ledger = Ledger(Path(records), preset)
     title = "{} encoder, seed {}".format
     wanted = [(kind, seed) for seed in preset.seeds for kind in preset.encoders]
     for kind, seed in mine(wanted, part, lambda run: title(*run) in ledger.records()):

@@ -187,7 +187,7 @@ def score(encoders: FactorEncoders, planted: Planted, permutations: int, seed: i
 
 def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
     """Train and score what has no record yet: every arm with every seed, each another mixing, other words, another start."""
-    ledger = Ledger(Path(records))
+    ledger = Ledger(Path(records), preset)
     title = "{}, seed {}".format
     wanted = [(arm, seed) for seed in preset.seeds for arm in ARMS]
     for name, seed in mine(wanted, part, lambda run: title(*run) in ledger.records()):
