@@ -6,7 +6,7 @@ Like a user's run on GPUs otherwise. Process 0 prints how much of the trained we
 import sys
 
 import transformers.trainer
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +20,7 @@ def init(self, *args, fsdp_plugin=None, **kwargs):
         if self._mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self._mixed_precision)
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 AcceleratorState.__init__ = init

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -400,11 +399,18 @@ class UMMTrainer(Trainer):
             raise OSError(f"{folder} could not be written ({error}); make room, then go on with --resume True") from error
 
     def save_whole(self, model: Any, folder: str | Path) -> None:
-        """Write a trained model, or a part of one, by the first process; all must call, as each may hold a piece."""
-        gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=gathered) if self.is_fsdp_enabled else None
+        """Write a trained model, or a part of one, by the first process, to which pieces are gathered for good; all must call."""
+        reshard(self.model)
+        whole = dict[Tensor, nn.Parameter]()
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if isinstance(p, DTensor):
+                    if p not in whole:
+                        value = p.full_tensor()
+                        whole[p] = nn.Parameter(value.cpu()) if self.is_world_process_zero() else p
+                    module._parameters[name] = whole[p]
         if self.is_world_process_zero():
-            model.eval().save_pretrained(str(folder), state_dict=state)
+            model.eval().save_pretrained(str(folder))
 
     def fit(self) -> None:
         """Train, from the last whole checkpoint when ``args.resume``; an interrupt saves one before it ends."""
