@@ -394,6 +394,10 @@ class UMMTrainer(Trainer):
             if whole:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(whole, folder / EMA_FILE)
+            if self.is_fsdp_enabled:  # which loads all parameters' state or none: of those that wait for their turn too
+                for p in (p for group in self.optimizer.param_groups for p in group["params"] if not self.optimizer.state[p]):
+                    zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(f"{folder} could not be written ({error}); make room, then go on with --resume True") from error

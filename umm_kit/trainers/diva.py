@@ -79,18 +79,23 @@ class _StageTrainer(UMMTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero() and (self.critics or self.queues):
+        if self.critics or self.queues:
             state = {"critics": [critic.state_dict() for critic in self.critics], "queues": self.queues}
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                torch.save(state, folder / EXTRAS_FILE)
+                torch.save(state, self._extras(folder))
             except (OSError, RuntimeError) as error:
                 raise OSError(f"{folder} could not be written ({error}); make room, then go on with --resume True") from error
         super()._save_checkpoint(model, trial)
 
+    def _extras(self, folder: Path) -> Path:
+        """Each process has a queue of its own."""
+        return folder / EXTRAS_FILE.replace(".", f"_{self.args.process_index}." if self.args.process_index else ".")
+
     def _load_extras(self, folder: Path) -> None:
-        if (folder / EXTRAS_FILE).exists():
-            state = torch.load(folder / EXTRAS_FILE, weights_only=True, map_location=self.args.device)
+        file = own if (own := self._extras(folder)).exists() else folder / EXTRAS_FILE  # there were fewer processes
+        if file.exists():
+            state = torch.load(file, weights_only=True, map_location=self.args.device.type)
             self.queues = state["queues"]
             for critic, saved in zip(self.critics, state["critics"], strict=True):
                 critic.load_state_dict(saved)
