@@ -402,17 +402,21 @@ class UMMTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(f"{folder} could not be written ({error}); make room, then go on with --resume True") from error
 
-    def save_whole(self, model: Any, folder: str | Path) -> None:
-        """Write a trained model, or a part of one, by the first process, to which pieces are gathered for good; all must call."""
+    def gather(self, model: nn.Module) -> None:
+        """End the sharding of a trained model, or of a part: the first process gets all of it, the others are left with shapes."""
         reshard(self.model)
         whole = dict[Tensor, nn.Parameter]()
         for module in model.modules():
             for name, p in module._parameters.items():
                 if isinstance(p, DTensor):
                     if p not in whole:
-                        value = p.full_tensor()
-                        whole[p] = nn.Parameter(value.cpu()) if self.is_world_process_zero() else p
+                        value = p.full_tensor().to("cpu" if self.is_world_process_zero() else "meta")
+                        whole[p] = nn.Parameter(value, requires_grad=p.requires_grad)
                     module._parameters[name] = whole[p]
+
+    def save_whole(self, model: Any, folder: str | Path) -> None:
+        """Write a trained model, or a part of one, by the first process; all must call."""
+        self.gather(model)
         if self.is_world_process_zero():
             model.eval().save_pretrained(str(folder))
 

@@ -230,6 +230,8 @@ class DIVATrainer(_StageTrainer):
                 self.optimizer = None  # type: ignore[assignment]  # that of an earlier call held adapters which are merged by now
             with adapting:
                 done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                if self.is_fsdp_enabled:
+                    self.gather(self.model)
         finally:
             for p, before in self._trainable:
                 p.requires_grad_(before)
