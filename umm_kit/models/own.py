@@ -204,7 +204,8 @@ class OwnUMM(PreTrainedModel):
         """Training losses of both flows on the same images, and their weighted sum.
 
         Args:
-            codes: [B, N], or None with images: [B, 3, H, W]. understanding: packed segments, see :meth:`pack`. captions: [B, T], see :meth:`pack_captions`.
+            codes: [B, N]; None: those of ``images`` [B, 3, H, W]. understanding: packed segments, see :meth:`pack`.
+            captions: [B, T], see :meth:`pack_captions`.
             mask: [B, N] bool, True = hidden.
             shown: places in the batch of the images that ``understanding`` is about; all of them by default.
             tokens: [2] numbers of supervised text and image tokens to divide by; by default those of this batch.

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -292,14 +292,17 @@ class UMMTrainer(Trainer):
         defaults_of(type(args))  # type: ignore[arg-type]
         super().__init__(model=model, args=args, **kwargs)
         refused = {
-            f"{type(self).__name__} draws with its model between steps, where it is in pieces": not self.shards,
-            "Muon needs whole matrices (set --muon False)": args.muon,
-            f"accelerate shards by FSDP2 and on several GPUs alone; on {args.device.type} it would keep all on each process": (
-                not self.accelerator.is_fsdp2
-            ),
+            f"{type(self).__name__} uses its model between training steps, where it is in pieces: leave --fsdp out": not self.shards,
+            "Muon needs whole matrices: set --muon False": args.muon,
+            f"accelerate did not set up FSDP2, which it has for several GPUs alone, and on {args.device.type} each process "
+            "would silently keep all: leave --fsdp out": not self.accelerator.is_fsdp2,
         }
         if args.fsdp and (why := [reason for reason, holds in refused.items() if holds]):
-            raise ValueError(f"--fsdp {args.fsdp} came, but {'; '.join(why)}. Leave --fsdp out, or train adapters (--lora_rank)")
+            raise ValueError(f"--fsdp {args.fsdp} came, but {'; '.join(why)}")
+        if (plugin := getattr(self.accelerator.state, "fsdp_plugin", None)) is not None:
+            plugin.ignored_modules = ".*image_tokenizer"  # frozen and small, and its codes must not depend on bf16
+            if args.bf16:  # accelerate would round losses and averages over processes as well
+                plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         self.ema = EMACallback(args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(self.ema)

@@ -155,6 +155,10 @@ class DIVATrainer(_StageTrainer):
         for p in self._in_layers:
             p.requires_grad_(True)
         super().__init__(stage, args, train_dataset=Stream(train_dataset, length, args.seed), data_collator=collator, **kwargs)
+        if self.is_fsdp_enabled and not (plugin := self.accelerator.state.fsdp_plugin).transformer_cls_names_to_wrap:
+            layer_sets = [set(group) for group in groups]  # which are gathered one after the other
+            found = {type(m).__name__ for m in model.modules() if set(m.parameters()) in layer_sets}
+            plugin.transformer_cls_names_to_wrap = sorted(found)
         if self.ema is not None:
             self.ema.restore = args.ema_role == "weights"
 

@@ -120,6 +120,8 @@ class PretrainConfig(UMMArguments):
         if str(self.lr_scheduler_type) == "warmup_stable_decay":
             self.lr_scheduler_kwargs = {"num_decay_steps": int(self.decay_share * self.max_steps)}
         super().__post_init__()
+        if self.fsdp and not self.model and not self.image_tokenizer:  # what is trained first would settle how all is
+            raise ValueError("--fsdp came without --image_tokenizer: train one first with 'umm-kit train tokenizer', and name it")
 
     @classmethod
     def tiny(cls, **changes: Any) -> PretrainConfig:
