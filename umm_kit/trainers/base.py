@@ -13,8 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -59,7 +58,7 @@ class UMMArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected a number in [0, 1)")
-        if str(self.fsdp).lower() == "true":  # as all flags come here; transformers' own takes the word for another option
+        if str(self.fsdp).lower() == "true":  # type: ignore[has-type]  # transformers takes the word for the name of an option
             self.fsdp, self.fsdp_config = True, self.fsdp_config or str(Path(__file__).with_name("fsdp.json"))  # type: ignore
         # transformers asks for this flag before it allows bf16 without an accelerator.
         self.use_cpu: bool = self.use_cpu or resolve_device().type == "cpu"
@@ -186,28 +185,20 @@ class EMACallback(TrainerCallback):
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE
         weights = self._weights(model)
         self.average = {k: v.clone().float() for k, v in weights.items()}
-        if state.global_step and saved.exists():
-            for name, v in load_file(saved).items():
-                p, v = weights[name], v.to(args.device)
-                self.average[name] = distribute_tensor(v, p.device_mesh, p.placements) if isinstance(p, DTensor) else v
+        for name, v in (load_file(saved) if state.global_step and saved.exists() else {}).items():
+            p, v = weights[name], v.to(args.device)
+            self.average[name] = distribute_tensor(v, p.device_mesh, p.placements) if isinstance(p, DTensor) else v
 
     def on_step_end(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
         # A young average would remember the random start: it follows faster at first (Karras et al. 2024 in spirit).
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         weights = self._weights(model)
-        torch._foreach_lerp_(list(self.average.values()), [weights[k].float() for k in self.average], 1 - decay)
-
-    @contextmanager
-    def swapped(self, model: nn.Module, prefix: str) -> Iterator[None]:
-        """The averages of parameters with this prefix in the model, whose own wait where the averages are."""
-        try:
-            self._swap(model, prefix)
-            yield
-        finally:
-            self._swap(model, prefix)
+        pairs = [[v.to_local() if isinstance(v, DTensor) else v for v in (self.average[k], weights[k])] for k in self.average]
+        torch._foreach_lerp_([a for a, _ in pairs], [w.float() for _, w in pairs], 1 - decay)
 
     @torch.no_grad()
-    def _swap(self, model: nn.Module, prefix: str) -> None:
+    def swap(self, model: nn.Module, prefix: str) -> None:
+        """The averages of parameters with this prefix into the model, whose own wait in their place; or back."""
         for name, p in self._weights(model).items():
             if name.startswith(prefix):
                 own = p.clone()
@@ -292,7 +283,7 @@ class UMMTrainer(Trainer):
         defaults_of(type(args))  # type: ignore[arg-type]
         super().__init__(model=model, args=args, **kwargs)
         refused = {
-            f"{type(self).__name__} uses its model between training steps, where it is in pieces: leave --fsdp out": not self.shards,
+            f"{type(self).__name__} uses its model between steps, where it is in pieces: leave --fsdp out": not self.shards,
             "Muon needs whole matrices: set --muon False": args.muon,
             f"accelerate did not set up FSDP2, which it has for several GPUs alone, and on {args.device.type} each process "
             "would silently keep all: leave --fsdp out": not self.accelerator.is_fsdp2,
@@ -319,10 +310,11 @@ class UMMTrainer(Trainer):
             hidden = inside if self.args.muon else set()
             rate, betas = self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2)
             matrices, others = ([p for _, p in named if (id(p) in hidden) == inner] for inner in (True, False))
-            if self.is_fsdp_enabled:  # which looks for its shards in the state of a plain optimizer
-                self.optimizer = torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=betas)
-            else:
-                self.optimizer = MuonAdamW(matrices, others, rate, self.args.weight_decay, betas)
+            self.optimizer = (
+                torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=betas)  # as below, with a state that FSDP can read
+                if self.is_fsdp_enabled
+                else MuonAdamW(matrices, others, rate, self.args.weight_decay, betas)
+            )
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -406,7 +398,7 @@ class UMMTrainer(Trainer):
             raise OSError(f"{folder} could not be written ({error}); make room, then go on with --resume True") from error
 
     def gather(self, model: nn.Module) -> None:
-        """End the sharding of a trained model, or of a part: the first process gets all of it, the others are left with shapes."""
+        """End the sharding of a trained model, or of a part: the first process gets all of it, the others keep shapes."""
         reshard(self.model)
         whole = dict[Tensor, nn.Parameter]()
         for module in model.modules():

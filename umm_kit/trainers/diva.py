@@ -234,8 +234,7 @@ class DIVATrainer(_StageTrainer):
                 self.optimizer = None  # type: ignore[assignment]  # that of an earlier call held adapters which are merged by now
             with adapting:
                 done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-                if self.is_fsdp_enabled:
-                    self.gather(self.model)
+                self.gather(self.model)
         finally:
             for p, before in self._trainable:
                 p.requires_grad_(before)
@@ -271,8 +270,12 @@ class DIVATrainer(_StageTrainer):
         if not (self.args.shared_weight and self.args.stop_gradient) or self.ema is None or self.args.ema_role != "targets":
             return None
         stage = self.accelerator.unwrap_model(self.model)
-        with torch.no_grad(), self.compute_loss_context_manager(), self.ema.swapped(stage, "model."):
-            return stage(batch)
+        self.ema.swap(stage, "model.")
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return stage(batch)
+        finally:
+            self.ema.swap(stage, "model.")
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         training = model.training

@@ -288,11 +288,7 @@ class BackboneStage(nn.Module):
         return [self._encoders[0](states_at(u, g, layer, anchor, self.config)) for layer in self.layers]
 
     def forward(
-        self,
-        batch: Mapping[str, Any],
-        targets: Sequence[Factors] | None = None,
-        critics: Sequence[UniqueCritic] = (),
-        queues: Mapping | None = None,
+        self, batch: Mapping[str, Any], targets: Sequence | None = None, critics: Sequence = (), queues: Mapping | None = None
     ) -> Any:
         """Every term; without queues the anchors' factors alone, one per layer."""
         if queues is None:
