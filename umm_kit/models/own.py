@@ -190,26 +190,29 @@ class OwnUMM(PreTrainedModel):
 
     def forward(
         self,
-        codes: Tensor,
+        codes: Tensor | None,
         understanding: Mapping[str, Tensor],
         captions: Tensor,
         mask: Tensor,
         shown: Tensor | None = None,
         tokens: Tensor | None = None,
         seeds: Tensor | None = None,
+        images: Tensor | None = None,
         understanding_weight: float = 1.0,
         generation_weight: float = 1.0,
     ) -> dict[str, Tensor]:
         """Training losses of both flows on the same images, and their weighted sum.
 
         Args:
-            codes: [B, N]. understanding: packed segments, see :meth:`pack`. captions: [B, T], see :meth:`pack_captions`.
+            codes: [B, N]; None: those of ``images`` [B, 3, H, W]. understanding: packed segments, see :meth:`pack`.
+            captions: [B, T], see :meth:`pack_captions`.
             mask: [B, N] bool, True = hidden.
             shown: places in the batch of the images that ``understanding`` is about; all of them by default.
             tokens: [2] numbers of supervised text and image tokens to divide by; by default those of this batch.
             seeds: [B] numbers that a family makes each example's noise from.
         """
         out: dict[str, Tensor] = {}
+        codes = self.image_tokenizer.encode(images) if codes is None else codes
         asked = understanding["labels"] != IGNORE
         tokens = torch.stack([asked.sum(), mask.sum()]) if tokens is None else tokens
         if understanding_weight:
@@ -220,6 +223,9 @@ class OwnUMM(PreTrainedModel):
         weights = {"understanding_loss": understanding_weight, "generation_loss": generation_weight}
         out["loss"] = torch.stack([weights[k] * v for k, v in out.items()]).sum()
         return out
+
+    def get_input_embeddings(self) -> None:
+        """None that is only looked up in: accelerate would shard it by itself, where other modules read its weight."""
 
     # --- files ---------------------------------------------------------------------------------------------------------
 

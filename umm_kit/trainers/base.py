@@ -24,6 +24,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from umm_kit.data.shapes import hash_uniform, stream_key
@@ -56,6 +58,8 @@ class UMMArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected a number in [0, 1)")
+        if str(self.fsdp).lower() == "true":  # type: ignore[has-type]  # transformers takes the word for the name of an option
+            self.fsdp, self.fsdp_config = True, self.fsdp_config or str(Path(__file__).with_name("fsdp.json"))  # type: ignore
         # transformers asks for this flag before it allows bf16 without an accelerator.
         self.use_cpu: bool = self.use_cpu or resolve_device().type == "cpu"
         super().__post_init__()
@@ -174,20 +178,33 @@ class EMACallback(TrainerCallback):
 
     @staticmethod
     def _weights(model: nn.Module) -> dict[str, Tensor]:
+        reshard(model)
         return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def on_train_begin(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE
-        if state.global_step and saved.exists():
-            self.average = {k: v.to(args.device) for k, v in load_file(saved).items()}
-        else:
-            self.average = {k: v.clone().float() for k, v in self._weights(model).items()}
+        weights = self._weights(model)
+        self.average = {k: v.clone().float() for k, v in weights.items()}
+        for name, v in (load_file(saved) if state.global_step and saved.exists() else {}).items():
+            p, v = weights[name], v.to(args.device)
+            self.average[name] = distribute_tensor(v, p.device_mesh, p.placements) if isinstance(p, DTensor) else v
 
     def on_step_end(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
         # A young average would remember the random start: it follows faster at first (Karras et al. 2024 in spirit).
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         weights = self._weights(model)
-        torch._foreach_lerp_(list(self.average.values()), [weights[k].float() for k in self.average], 1 - decay)
+        pairs = [[v.to_local() if isinstance(v, DTensor) else v for v in (self.average[k], weights[k])] for k in self.average]
+        torch._foreach_lerp_([a for a, _ in pairs], [w.float() for _, w in pairs], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module, prefix: str) -> None:
+        """The averages of parameters with this prefix into the model, whose own wait in their place; or back."""
+        for name, p in self._weights(model).items():
+            if name.startswith(prefix):
+                own = p.clone()
+                p.copy_(self.average[name])
+                self.average[name].copy_(own)
+        torch.clear_autocast_cache()  # which holds 16-bit copies of the weights as they were
 
     def on_train_end(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
         if not self.restore:
@@ -255,6 +272,8 @@ class Stream(torch.utils.data.Dataset):
 class UMMTrainer(Trainer):
     """transformers.Trainer with Muon, EMA, part losses in the log, and sequential (already random) streams."""
 
+    shards = False  # whether it touches weights in the model's forward pass alone, as FSDP needs
+
     def __init__(self, model: nn.Module, args: UMMArguments, **kwargs: Any):
         self._parts: dict[str, list[float]] = {}
         self._started, self._seconds_before = time.time(), 0.0
@@ -263,6 +282,18 @@ class UMMTrainer(Trainer):
             logger.warning("this processor is slower in bfloat16 than in float32; --bf16 False will be faster here")
         defaults_of(type(args))  # type: ignore[arg-type]
         super().__init__(model=model, args=args, **kwargs)
+        refused = {
+            f"{type(self).__name__} uses its model between steps, where it is in pieces: leave --fsdp out": not self.shards,
+            "Muon needs whole matrices: set --muon False": args.muon,
+            f"accelerate did not set up FSDP2, which it has for several GPUs alone, and on {args.device.type} each process "
+            "would silently keep all: leave --fsdp out": not self.accelerator.is_fsdp2,
+        }
+        if args.fsdp and (why := [reason for reason, holds in refused.items() if holds]):
+            raise ValueError(f"--fsdp {args.fsdp} came, but {'; '.join(why)}")
+        if (plugin := getattr(self.accelerator.state, "fsdp_plugin", None)) is not None:
+            plugin.ignored_modules = ".*image_tokenizer"  # frozen and small, and its codes must not depend on bf16
+            if args.bf16:  # accelerate would round losses and averages over processes as well
+                plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         self.ema = EMACallback(args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(self.ema)
@@ -277,10 +308,13 @@ class UMMTrainer(Trainer):
             blocks = [m for m in model.modules() if type(m).__name__ in (getattr(self.model, "_no_split_modules", None) or ())]
             inside = {id(p) for block in blocks for p in block.parameters() if p.ndim > 1}
             hidden = inside if self.args.muon else set()
-            self.optimizer = MuonAdamW(
-                [p for _, p in named if id(p) in hidden], [p for _, p in named if id(p) not in hidden],
-                self.args.learning_rate, self.args.weight_decay, (self.args.adam_beta1, self.args.adam_beta2),
-            )  # fmt: skip
+            rate, betas = self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2)
+            matrices, others = ([p for _, p in named if (id(p) in hidden) == inner] for inner in (True, False))
+            self.optimizer = (
+                torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=betas)  # as below, with a state that FSDP can read
+                if self.is_fsdp_enabled
+                else MuonAdamW(matrices, others, rate, self.args.weight_decay, betas)
+            )
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -348,13 +382,38 @@ class UMMTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             # The averages go first: the state file that transformers writes last marks a whole checkpoint.
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, EMACallback) and self.is_world_process_zero():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    save_file(callback.average, folder / EMA_FILE)
+            whole = dict[str, Tensor]()
+            for name, value in ({} if self.ema is None else self.ema.average).items():
+                found = value.full_tensor() if isinstance(value, DTensor) else value  # one at a time, and by all
+                whole |= {name: found.cpu()} if self.is_world_process_zero() else {}
+            if whole:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(whole, folder / EMA_FILE)
+            if self.is_fsdp_enabled:  # which loads all parameters' state or none: of those that wait for their turn too
+                for p in (p for group in self.optimizer.param_groups for p in group["params"] if not self.optimizer.state[p]):
+                    zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(f"{folder} could not be written ({error}); make room, then go on with --resume True") from error
+
+    def gather(self, model: nn.Module) -> None:
+        """End the sharding of a trained model, or of a part: the first process gets all of it, the others keep shapes."""
+        reshard(self.model)
+        whole = dict[Tensor, nn.Parameter]()
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if isinstance(p, DTensor):
+                    if p not in whole:
+                        value = p.full_tensor().to("cpu" if self.is_world_process_zero() else "meta")
+                        whole[p] = nn.Parameter(value, requires_grad=p.requires_grad)
+                    module._parameters[name] = whole[p]
+
+    def save_whole(self, model: Any, folder: str | Path) -> None:
+        """Write a trained model, or a part of one, by the first process; all must call."""
+        self.gather(model)
+        if self.is_world_process_zero():
+            model.eval().save_pretrained(str(folder))
 
     def fit(self) -> None:
         """Train, from the last whole checkpoint when ``args.resume``; an interrupt saves one before it ends."""
@@ -426,6 +485,13 @@ def world_mean(value: Tensor) -> Tensor:
     return value
 
 
+def reshard(model: nn.Module) -> None:
+    """Back to pieces what FSDP leaves whole after a forward pass without a backward pass; nothing for other models."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @cache
 def defaults_of(kind: type[TrainingArguments]) -> TrainingArguments:
     """Arguments of this kind as they come. Building any takes the process group away from trainers that exist: each trainer
@@ -448,8 +514,8 @@ def post_train(
     model = load(config.model, device="cpu", dtype=config.load_dtype)
     trainer = make(model, open_data(config.data, "train", seed=config.seed, image_size=model.image_size))
     trainer.fit()
+    trainer.save_whole(model, str(config.output_dir))
     if trainer.is_world_process_zero():
-        model.eval().save_pretrained(str(config.output_dir))
         record = run_record(config, trainer.seconds(), trainer.state.log_history, **about(trainer))
         write_json(Path(str(config.output_dir)) / "run.json", record)
     return model

@@ -37,13 +37,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import set_seed
 
 from umm_kit.losses.factorization import UniqueCritic
 from umm_kit.models.base import checksum, scores_of
 from umm_kit.models.factors import FLOWS, FactorEncoders, FactorEncodersConfig, Factors, Readouts, middle_layers
 from umm_kit.records import write_json
-from umm_kit.trainers.base import Stream, UMMTrainer, defaults_of, post_train, run_record, world_mean
+from umm_kit.trainers.base import Stream, UMMTrainer, defaults_of, post_train, reshard, run_record, world_mean
 from umm_kit.trainers.stages import (
     BackboneStage,
     EncoderStage,
@@ -68,6 +70,8 @@ _FREE = re.compile(r"output_dir|resume|run_name|report_to|disable_tqdm|(logging|
 class _StageTrainer(UMMTrainer):
     """A stage whose checkpoints hold its critics with their optimizers, and the queue of earlier targets."""
 
+    shards = True
+
     def __init__(self, *args: Any, **kwargs: Any):
         self.critics: list[UniqueCritic] = []
         self.queues: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
@@ -75,18 +79,23 @@ class _StageTrainer(UMMTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero() and (self.critics or self.queues):
+        if self.critics or self.queues:
             state = {"critics": [critic.state_dict() for critic in self.critics], "queues": self.queues}
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                torch.save(state, folder / EXTRAS_FILE)
+                torch.save(state, self._extras(folder))
             except (OSError, RuntimeError) as error:
                 raise OSError(f"{folder} could not be written ({error}); make room, then go on with --resume True") from error
         super()._save_checkpoint(model, trial)
 
+    def _extras(self, folder: Path) -> Path:
+        """Each process has a queue of its own."""
+        return folder / EXTRAS_FILE.replace(".", f"_{self.args.process_index}." if self.args.process_index else ".")
+
     def _load_extras(self, folder: Path) -> None:
-        if (folder / EXTRAS_FILE).exists():
-            state = torch.load(folder / EXTRAS_FILE, weights_only=True, map_location=self.args.device)
+        file = own if (own := self._extras(folder)).exists() else folder / EXTRAS_FILE  # there were fewer processes
+        if file.exists():
+            state = torch.load(file, weights_only=True, map_location=self.args.device.type)
             self.queues = state["queues"]
             for critic, saved in zip(self.critics, state["critics"], strict=True):
                 critic.load_state_dict(saved)
@@ -146,6 +155,10 @@ class DIVATrainer(_StageTrainer):
         for p in self._in_layers:
             p.requires_grad_(True)
         super().__init__(stage, args, train_dataset=Stream(train_dataset, length, args.seed), data_collator=collator, **kwargs)
+        if self.is_fsdp_enabled and not (plugin := self.accelerator.state.fsdp_plugin).transformer_cls_names_to_wrap:
+            layer_sets = [set(group) for group in groups]  # which are gathered one after the other
+            found = {type(m).__name__ for m in model.modules() if set(m.parameters()) in layer_sets}
+            plugin.transformer_cls_names_to_wrap = sorted(found)
         if self.ema is not None:
             self.ema.restore = args.ema_role == "weights"
 
@@ -162,6 +175,7 @@ class DIVATrainer(_StageTrainer):
             if (came := {name: getattr(found.config, name) for name in sizes}) != sizes:
                 raise ValueError(f"the encoders in {finished} are {came}; expected {sizes}: choose another folder")
             return found.to(config.device)
+        self.umm.to(config.device)  # under FSDP nobody did
         set_seed(config.seed)
         encoders = FactorEncoders(FactorEncodersConfig(**sizes))
         if config.random_encoders:
@@ -183,14 +197,22 @@ class DIVATrainer(_StageTrainer):
         args.ddp_find_unused_parameters = True  # the unique encoders wait for their turn
         length = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         stream, collator = Stream(self.data, length, args.seed + 1), FlowCollator(self.data, self.umm.grid, args, 0)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        of_backbone = dict(vars(plugin or args))
+        if plugin is not None:  # the encoders are one piece; whose classes are pieces by themselves is settled but once
+            plugin.transformer_cls_names_to_wrap = []
         with _evaluating_frozen(self.umm):
             trainer = EncoderTrainer(stage, args, train_dataset=stream, data_collator=collator, callbacks=self._given)
             if config.stage1_penalty and config.unique_weight:
                 trainer.critics = new_critics(config.factor_size, len(self.layers), config)
             trainer.fit()
+        trainer.save_whole(encoders, finished)
         if trainer.is_world_process_zero():
-            encoders.save_pretrained(finished)
             write_json(folder / "stage1/run.json", run_record(args, trainer.seconds(), trainer.state.log_history))
+        if plugin is not None:
+            vars(plugin).update(of_backbone)
+            self.accelerator.wait_for_everyone()
+            return self.warm_up()  # whole, from the file
         return encoders
 
     # --- stage 2 ---
@@ -212,11 +234,12 @@ class DIVATrainer(_StageTrainer):
                 self.optimizer = None  # type: ignore[assignment]  # that of an earlier call held adapters which are merged by now
             with adapting:
                 done = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                self.gather(self.model)
         finally:
             for p, before in self._trainable:
                 p.requires_grad_(before)
-        if self.args.train_encoders and self.encoders is not None and self.is_world_process_zero():
-            self.encoders.save_pretrained(Path(str(self.args.output_dir)) / "encoders")
+        if self.args.train_encoders and self.encoders is not None:
+            self.save_whole(self.encoders, Path(str(self.args.output_dir)) / "encoders")
         return done
 
     def _claim_folder(self) -> None:
@@ -247,10 +270,12 @@ class DIVATrainer(_StageTrainer):
         if not (self.args.shared_weight and self.args.stop_gradient) or self.ema is None or self.args.ema_role != "targets":
             return None
         stage = self.accelerator.unwrap_model(self.model)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            averaged = {name: p for name, p in self.ema.average.items() if name.startswith("model.")}
-            u, g = torch.func.functional_call(Flows(self.umm), averaged, (batch, self.layers))
-            return stage.factors(u, g, batch["anchor"])
+        self.ema.swap(stage, "model.")
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return stage(batch)
+        finally:
+            self.ema.swap(stage, "model.")
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         training = model.training
@@ -285,8 +310,17 @@ class DIVATrainer(_StageTrainer):
         """Of this process's loss, by the trained parameters of the backbone; the graph is kept."""
         if not loss.requires_grad:
             return []
-        parameters = [p for p in self.umm.parameters() if p.requires_grad]
-        return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+        return list(torch.autograd.grad(loss, self._in_graph(), retain_graph=True, allow_unused=True))
+
+    def _in_graph(self) -> list[Tensor]:
+        """The trained parameters of the backbone; under FSDP not the pieces, but what the forward pass gathered from them."""
+        stage, found = self.accelerator.unwrap_model(self.model), list[Tensor]()
+        reshard(stage)
+        for part in (m for m in stage.modules() if isinstance(m, FSDPModule)):
+            part.unshard()
+            found += [p for p in self.umm.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+            part.reshard()
+        return found if self.is_fsdp_enabled else [p for p in self.umm.parameters() if p.requires_grad]
 
     def _equal(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By what the two task losses are multiplied so that their gradients are equally long (see :func:`equalising`)."""
@@ -319,10 +353,8 @@ class DIVATrainer(_StageTrainer):
 
     def _enqueue(self, batch: Mapping[str, Any], targets: Sequence[Factors] | None) -> None:
         if targets is None:
-            stage = self.accelerator.unwrap_model(self.model)
             with torch.no_grad():
-                u, g = Flows(self.umm)(batch, self.layers)
-                targets = stage.factors(u, g, batch["anchor"])
+                targets = self.accelerator.unwrap_model(self.model)(batch)
         most = max(1, self.args.queue // self.args.world_size)  # the queue of all is gathered; [-0:] would keep everything
         for k, z in enumerate(targets):
             for flow, new in pooled(z.shared).items():

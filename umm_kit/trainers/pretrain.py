@@ -120,6 +120,8 @@ class PretrainConfig(UMMArguments):
         if str(self.lr_scheduler_type) == "warmup_stable_decay":
             self.lr_scheduler_kwargs = {"num_decay_steps": int(self.decay_share * self.max_steps)}
         super().__post_init__()
+        if self.fsdp and not self.model and not self.image_tokenizer:  # what is trained first would settle how all is
+            raise ValueError("--fsdp came without --image_tokenizer: train one first with 'umm-kit train tokenizer', and name it")
 
     @classmethod
     def tiny(cls, **changes: Any) -> PretrainConfig:
@@ -205,6 +207,8 @@ class PretrainTrainer(UMMTrainer):
     processes share it.
     """
 
+    shards = True
+
     def __init__(self, model: OwnUMM, args: PretrainConfig, train_dataset: Any, eval_dataset: Any = None, **kwargs: Any):
         length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         draws = 8 + math.prod(model.grid)
@@ -224,9 +228,7 @@ class PretrainTrainer(UMMTrainer):
             self.data_collator = self._train_collator
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        inputs = dict(inputs)
-        images = inputs.pop("images")
-        inputs["codes"] = self.accelerator.unwrap_model(model).image_tokenizer.encode(images)
+        inputs = {"codes": None, **inputs}
         counts = torch.stack([(inputs["understanding"]["labels"] != IGNORE).sum(), inputs["mask"].sum()]).float()
         inputs["tokens"] = world_mean(counts).clamp(min=1)
         inputs |= {"understanding_weight": self.args.understanding_weight, "generation_weight": self.args.generation_weight}
@@ -284,9 +286,8 @@ def train(config: PretrainConfig) -> OwnUMM:
     model.train()
     trainer = PretrainTrainer(model, config, data, eval_dataset=held_out if config.eval_strategy != "no" else None)
     trainer.fit()
-    model.eval()
+    trainer.save_whole(model, str(config.output_dir))
     if trainer.is_world_process_zero():
-        model.save_pretrained(str(config.output_dir))
         record = run_record(
             config, trainer.seconds(), trainer.state.log_history, parameters=model.num_parameters(only_trainable=True)
         )

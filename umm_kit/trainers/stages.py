@@ -288,8 +288,12 @@ class BackboneStage(nn.Module):
         return [self._encoders[0](states_at(u, g, layer, anchor, self.config)) for layer in self.layers]
 
     def forward(
-        self, batch: Mapping[str, Any], targets: Sequence[Factors] | None, critics: Sequence[UniqueCritic], queues: Mapping
-    ) -> dict[str, Tensor]:
+        self, batch: Mapping[str, Any], targets: Sequence | None = None, critics: Sequence = (), queues: Mapping | None = None
+    ) -> Any:
+        """Every term; without queues the anchors' factors alone, one per layer."""
+        if queues is None:
+            u, g = self._flows[0](batch, self.layers)
+            return self.factors(u, g, batch["anchor"])
         drawn_from = [max(1, self.model.num_layers // 2)] if self.config.reconstruction_weight else []
         if drawn_from and hasattr(self.model, "image_tokenizer"):  # three flows need the same codes
             batch = {**batch, "codes": self.model.image_tokenizer.encode(batch["images"])}
