@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, set_seed
+from transformers.hf_argparser import HfArg
 
 from umm_kit.losses.factorization import alignment
 from umm_kit.models.teachers import CLIPTeacher, retrieved
@@ -26,7 +27,7 @@ class TeacherConfig(UMMArguments):
     """Configuration of :func:`train`. The shipped ``tiny-teacher`` is smaller and was trained for less; its card says how."""
 
     output_dir: str | None = "runs/teacher"
-    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
+    data: str = HfArg(default="shapes", help="'shapes', 'digits' or an image-text folder.")
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 4
