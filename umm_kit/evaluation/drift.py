@@ -18,20 +18,10 @@ from matplotlib.figure import Figure
 from umm_kit.data.oracle import Oracle
 from umm_kit.data.shapes import Shapes
 from umm_kit.evaluation import survival
-from umm_kit.evaluation.cycles import (
-    STARTS,
-    Cycles,
-    Trace,
-    bar,
-    batches,
-    ceilings_of,
-    choose_layers,
-    in_evaluation,
-    origins,
-)
+from umm_kit.evaluation.cycles import STARTS, Cycles, Trace, bar, batches, ceilings_of, choose_layers, origins
 from umm_kit.evaluation.facts import DENIED, KEPT, FactTable, shifts
 from umm_kit.evaluation.survival import ExponentialFit, HalfLife, Survival, cosine, edit_distance, refuse_narrow, retrieval_rank
-from umm_kit.models.base import Decoding
+from umm_kit.models.base import Decoding, evaluating
 from umm_kit.models.teachers import Teacher
 from umm_kit.records import machine, versions, write_json
 from umm_kit.statistics import Difference, Estimate
@@ -313,7 +303,7 @@ def drift(
         data = replace(data, fixed=data.scenes(range(len(data))))
     chosen = choose_layers(model, layers)
     around = Cycles(model, reader or model, writer or model, oracle, teacher, chosen, decoding)
-    with in_evaluation(model, around.reader, around.writer), torch.no_grad():
+    with evaluating(model, around.reader, around.writer), torch.no_grad():
         if oracle is None:
             notes.append("survival, facts and private codes are not measured: these data have no known factors.")
         else:

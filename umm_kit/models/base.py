@@ -200,6 +200,19 @@ def recording(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[di
             hook.remove()
 
 
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Evaluation mode of all that are modules; every module's own mode after."""
+    modules = nn.ModuleList(model for model in models if isinstance(model, nn.Module))
+    modes = [(module, module.training) for module in modules.modules()]
+    try:
+        modules.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def check_images(images: Float[Tensor, "B 3 H W"], size: tuple[int, int] | None = None) -> Float[Tensor, "B 3 H W"]:
     """Refuse what is not a batch of RGB images in [0, 1]."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
