@@ -21,6 +21,12 @@ from umm_kit.models import CHECKPOINTS
 from umm_kit.statistics import wilson
 
 
+def _read(path: Path, key: str) -> Any:
+    """One entry of a file of numbers; "rows" are those of a frame."""
+    found = json.loads(path.read_text())[key]
+    return pd.DataFrame(found) if key == "rows" else found
+
+
 def _diagnosis(path: Path) -> Figure:
     from umm_kit.diagnostics.report import Diagnosis
 
@@ -51,10 +57,6 @@ def conflict_along(frame: pd.DataFrame) -> Figure:
     return plots.curves(panels, columns=4, size=(2.6, 2.6))
 
 
-def _along(path: Path) -> Figure:
-    return conflict_along(pd.DataFrame(json.loads(path.read_text())["rows"]))
-
-
 def calibration(frame: pd.DataFrame) -> Figure:
     """Estimates of mutual information against the truth, on Gaussian pairs; CLUB and NCE-CLUB against what they bound by.
 
@@ -74,10 +76,6 @@ def calibration(frame: pd.DataFrame) -> Figure:
             series[method] = (rows[target], rows.value, rows.low, rows.high)
         panels.append(plots.Panel(title, f"{unit}, n = {gaussian.n.max()}", "estimate (nats)", series, nulls=("exact",)))
     return plots.curves(panels, columns=2, size=(3.3, 2.8))
-
-
-def _calibration(path: Path) -> Figure:
-    return calibration(pd.DataFrame(json.loads(path.read_text())["rows"]))
 
 
 def interference_atlas(frame: pd.DataFrame) -> Figure:
@@ -217,14 +215,6 @@ def oracle_honesty(pictures: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
-def _oracle(path: Path) -> Figure:
-    return oracle_honesty(json.loads(path.read_text())["oracle"])
-
-
-def _drift(path: Path) -> Figure:
-    return drift(json.loads(path.read_text())["rows"])
-
-
 def drift(rows: Any) -> Figure:
     """What survives the cycles, what bounds it, by category, and where latents go.
 
@@ -252,16 +242,16 @@ def _scores(path: Path) -> Figure:
 def _training(path: Path) -> Figure:
     from umm_kit.models.card import learning_curves
 
-    return learning_curves(json.loads(path.read_text())["log"])
+    return learning_curves(_read(path, "log"))
 
 
 #: name -> its numbers, in figures/data, in the records of an experiment or in the folder of a shipped model; how they are drawn
 FIGURES: dict[str, tuple[Path, Callable[[Path], Figure]]] = {
     "diagnosis": (Path("data/diagnosis.json"), _diagnosis),
-    "conflict_along": (Path("data/conflict_along.json"), _along),
-    "mutual_information": (Path("data/mutual_information.json"), _calibration),
-    "oracle": (Path("data/oracle.json"), _oracle),
-    "drift": (Path("data/drift.json"), _drift),
+    "conflict_along": (Path("data/conflict_along.json"), lambda path: conflict_along(_read(path, "rows"))),
+    "mutual_information": (Path("data/mutual_information.json"), lambda path: calibration(_read(path, "rows"))),
+    "oracle": (Path("data/oracle.json"), lambda path: oracle_honesty(_read(path, "oracle"))),
+    "drift": (Path("data/drift.json"), lambda path: drift(_read(path, "rows"))),
     "interference": (Path("../experiments/atlas.jsonl"), _atlas),
     "planted": (Path("../experiments/planted.jsonl"), _planted),
     "scores": (CHECKPOINTS / "tiny-masked/scores.json", _scores),

@@ -76,22 +76,18 @@ class Contrastive(nn.Module):
 
 def new_teacher(config: TeacherConfig, texts: Sequence[str], image_size: int) -> CLIPTeacher:
     """An untrained teacher whose words are those of the texts."""
-    words = train_text_tokenizer(texts)
+    from tokenizers.processors import TemplateProcessing
+
+    words: Any = train_text_tokenizer(texts)
+    # CLIP reads a text off at its <eos>, so the tokenizer has to put one there.
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", words.eos_token_id)])
     sizes = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads}
     sizes["intermediate_size"] = 4 * config.hidden_size
     ends = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = {**sizes, **ends, "vocab_size": len(words), "max_position_embeddings": config.max_text}
     vision = {**sizes, "image_size": image_size, "patch_size": config.patch_size}
     both = CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.projection_dim)
-    return CLIPTeacher(CLIPModel(both), _ending(words), ((0.5,) * 3, (0.5,) * 3))
-
-
-def _ending(words: Any) -> Any:
-    """CLIP reads a text off at its <eos>, so the tokenizer has to put one there."""
-    from tokenizers.processors import TemplateProcessing
-
-    words.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", words.eos_token_id)])
-    return words
+    return CLIPTeacher(CLIPModel(both), words, ((0.5,) * 3, (0.5,) * 3))
 
 
 def train(config: TeacherConfig) -> CLIPTeacher:
