@@ -16,8 +16,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from umm_kit import plots
+from umm_kit.diagnostics.report import Diagnosis
 from umm_kit.evaluation.audit import HIGH, LEAK
 from umm_kit.models import CHECKPOINTS
+from umm_kit.models.card import learning_curves
 from umm_kit.statistics import wilson
 
 
@@ -25,12 +27,6 @@ def _read(path: Path, key: str) -> Any:
     """One entry of a file of numbers; "rows" are those of a frame."""
     found = json.loads(path.read_text())[key]
     return pd.DataFrame(found) if key == "rows" else found
-
-
-def _diagnosis(path: Path) -> Figure:
-    from umm_kit.diagnostics.report import Diagnosis
-
-    return Diagnosis.load(path).plot()
 
 
 def conflict_along(frame: pd.DataFrame) -> Figure:
@@ -104,7 +100,7 @@ def interference_atlas(frame: pd.DataFrame) -> Figure:
 
 
 def _atlas(path: Path) -> Figure:
-    from umm_kit.experiments import Ledger, atlas
+    from umm_kit.experiments import Ledger, atlas  # with its trainers it takes seconds to import
 
     return interference_atlas(atlas.interference(Ledger(path).records()))
 
@@ -239,15 +235,9 @@ def _scores(path: Path) -> Figure:
     return plots.scores(frame[better], content["chance"])
 
 
-def _training(path: Path) -> Figure:
-    from umm_kit.models.card import learning_curves
-
-    return learning_curves(_read(path, "log"))
-
-
 #: name -> its numbers, in figures/data, in the records of an experiment or in the folder of a shipped model; how they are drawn
 FIGURES: dict[str, tuple[Path, Callable[[Path], Figure]]] = {
-    "diagnosis": (Path("data/diagnosis.json"), _diagnosis),
+    "diagnosis": (Path("data/diagnosis.json"), lambda path: Diagnosis.load(path).plot()),
     "conflict_along": (Path("data/conflict_along.json"), lambda path: conflict_along(_read(path, "rows"))),
     "mutual_information": (Path("data/mutual_information.json"), lambda path: calibration(_read(path, "rows"))),
     "oracle": (Path("data/oracle.json"), lambda path: oracle_honesty(_read(path, "oracle"))),
@@ -255,7 +245,7 @@ FIGURES: dict[str, tuple[Path, Callable[[Path], Figure]]] = {
     "interference": (Path("../experiments/atlas.jsonl"), _atlas),
     "planted": (Path("../experiments/planted.jsonl"), _planted),
     "scores": (CHECKPOINTS / "tiny-masked/scores.json", _scores),
-    "training": (CHECKPOINTS / "tiny-masked/run.json", _training),
+    "training": (CHECKPOINTS / "tiny-masked/run.json", lambda path: learning_curves(_read(path, "log"))),
 }
 
 
