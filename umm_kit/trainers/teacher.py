@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Contrastive(nn.Module):
         return {"loss": found.loss, "accuracy": found.accuracy, "estimate": found.estimate.detach()}
 
 
-def new_teacher(config: TeacherConfig, texts: Sequence[str], image_size: int) -> CLIPTeacher:
+def new_teacher(config: TeacherConfig, texts: Iterable[str], image_size: int) -> CLIPTeacher:
     """An untrained teacher whose words are those of the texts."""
     from tokenizers.processors import TemplateProcessing
 
@@ -97,10 +97,8 @@ def train(config: TeacherConfig) -> CLIPTeacher:
 
     set_seed(config.seed)
     data = open_data(config.data, "train", seed=config.seed)
-    first = data[0]
-    teacher = new_teacher(
-        config, list(vocabulary_corpus()) if config.data == "shapes" else corpus(data), first["images"].shape[-1]
-    )
+    texts = vocabulary_corpus() if config.data == "shapes" else corpus(data)
+    teacher = new_teacher(config, texts, data[0]["images"].shape[-1])
 
     def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         said = teacher.tokenizer([item["texts"] for item in items], truncation=True, max_length=config.max_text)
