@@ -7,8 +7,9 @@ from umm_kit.data.language import caption
 from umm_kit.data.oracle import Oracle
 from umm_kit.data.shapes import Shapes
 from umm_kit.evaluation.blame import PerfectReader, PerfectWriter
-from umm_kit.evaluation.cycles import Cycles, around, batches, ceilings_of, choose_layers, in_evaluation, origins
+from umm_kit.evaluation.cycles import Cycles, around, batches, ceilings_of, choose_layers, origins
 from umm_kit.evaluation.facts import FactTable, said, seen
+from umm_kit.models.base import evaluating
 from umm_kit.models.masked import MaskedUMM
 
 DATA = Shapes("test", n=6, seed=2)
@@ -169,7 +170,7 @@ def test_layers(tiny):
 
 def test_evaluation_mode_is_given_back(tiny):
     tiny.train()
-    with in_evaluation(tiny, Scribe()):
+    with evaluating(tiny, Scribe()):
         assert not tiny.training
     assert tiny.training
     tiny.eval()

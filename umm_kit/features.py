@@ -7,7 +7,6 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from umm_kit.models.base import FLOWS, MASK_RATIO, checksum, collate, draw_mask
+from umm_kit.models.base import FLOWS, MASK_RATIO, checksum, collate, draw_mask, evaluating
 
 
 @dataclass
@@ -55,18 +54,6 @@ def batches(data: Any, batch_size: int, indices: Sequence[int] | None = None) ->
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
         yield collate(data.__getitems__(part) if hasattr(data, "__getitems__") else [data[i] for i in part])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within; every module's own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def masks_by_id(ids: Sequence[str], grid: tuple[int, int], ratio: float | tuple[float, float], layout: str, seed: int) -> Tensor:

@@ -16,15 +16,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from umm_kit import plots
+from umm_kit.diagnostics.report import Diagnosis
 from umm_kit.evaluation.audit import HIGH, LEAK
 from umm_kit.models import CHECKPOINTS
+from umm_kit.models.card import learning_curves
 from umm_kit.statistics import wilson
 
 
-def _diagnosis(path: Path) -> Figure:
-    from umm_kit.diagnostics.report import Diagnosis
-
-    return Diagnosis.load(path).plot()
+def _read(path: Path, key: str) -> Any:
+    """One entry of a file of numbers; "rows" are those of a frame."""
+    found = json.loads(path.read_text())[key]
+    return pd.DataFrame(found) if key == "rows" else found
 
 
 def conflict_along(frame: pd.DataFrame) -> Figure:
@@ -51,10 +53,6 @@ def conflict_along(frame: pd.DataFrame) -> Figure:
     return plots.curves(panels, columns=4, size=(2.6, 2.6))
 
 
-def _along(path: Path) -> Figure:
-    return conflict_along(pd.DataFrame(json.loads(path.read_text())["rows"]))
-
-
 def calibration(frame: pd.DataFrame) -> Figure:
     """Estimates of mutual information against the truth, on Gaussian pairs; CLUB and NCE-CLUB against what they bound by.
 
@@ -74,10 +72,6 @@ def calibration(frame: pd.DataFrame) -> Figure:
             series[method] = (rows[target], rows.value, rows.low, rows.high)
         panels.append(plots.Panel(title, f"{unit}, n = {gaussian.n.max()}", "estimate (nats)", series, nulls=("exact",)))
     return plots.curves(panels, columns=2, size=(3.3, 2.8))
-
-
-def _calibration(path: Path) -> Figure:
-    return calibration(pd.DataFrame(json.loads(path.read_text())["rows"]))
 
 
 def interference_atlas(frame: pd.DataFrame) -> Figure:
@@ -106,7 +100,7 @@ def interference_atlas(frame: pd.DataFrame) -> Figure:
 
 
 def _atlas(path: Path) -> Figure:
-    from umm_kit.experiments import Ledger, atlas
+    from umm_kit.experiments import Ledger, atlas  # with its trainers it takes seconds to import
 
     return interference_atlas(atlas.interference(Ledger(path).records()))
 
@@ -217,14 +211,6 @@ def oracle_honesty(pictures: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
-def _oracle(path: Path) -> Figure:
-    return oracle_honesty(json.loads(path.read_text())["oracle"])
-
-
-def _drift(path: Path) -> Figure:
-    return drift(json.loads(path.read_text())["rows"])
-
-
 def drift(rows: Any) -> Figure:
     """What survives the cycles, what bounds it, by category, and where latents go.
 
@@ -249,23 +235,17 @@ def _scores(path: Path) -> Figure:
     return plots.scores(frame[better], content["chance"])
 
 
-def _training(path: Path) -> Figure:
-    from umm_kit.models.card import learning_curves
-
-    return learning_curves(json.loads(path.read_text())["log"])
-
-
 #: name -> its numbers, in figures/data, in the records of an experiment or in the folder of a shipped model; how they are drawn
 FIGURES: dict[str, tuple[Path, Callable[[Path], Figure]]] = {
-    "diagnosis": (Path("data/diagnosis.json"), _diagnosis),
-    "conflict_along": (Path("data/conflict_along.json"), _along),
-    "mutual_information": (Path("data/mutual_information.json"), _calibration),
-    "oracle": (Path("data/oracle.json"), _oracle),
-    "drift": (Path("data/drift.json"), _drift),
+    "diagnosis": (Path("data/diagnosis.json"), lambda path: Diagnosis.load(path).plot()),
+    "conflict_along": (Path("data/conflict_along.json"), lambda path: conflict_along(_read(path, "rows"))),
+    "mutual_information": (Path("data/mutual_information.json"), lambda path: calibration(_read(path, "rows"))),
+    "oracle": (Path("data/oracle.json"), lambda path: oracle_honesty(_read(path, "oracle"))),
+    "drift": (Path("data/drift.json"), lambda path: drift(_read(path, "rows"))),
     "interference": (Path("../experiments/atlas.jsonl"), _atlas),
     "planted": (Path("../experiments/planted.jsonl"), _planted),
     "scores": (CHECKPOINTS / "tiny-masked/scores.json", _scores),
-    "training": (CHECKPOINTS / "tiny-masked/run.json", _training),
+    "training": (CHECKPOINTS / "tiny-masked/run.json", lambda path: learning_curves(_read(path, "log"))),
 }
 
 

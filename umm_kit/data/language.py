@@ -229,10 +229,7 @@ class Phrase:
     exact: bool = False
 
     def matches(self, o: SceneObject) -> bool:
-        return all(said is None or said == getattr(o, name) for name, said in self.said())
-
-    def said(self) -> Iterator[tuple[str, str | None]]:
-        return ((name, getattr(self, name)) for name in ("shape", "colour", "size", "cell"))
+        return all(getattr(self, name) in (None, getattr(o, name)) for name in ("shape", "colour", "size", "cell"))
 
     def __str__(self) -> str:
         return phrase(self.size, self.colour, self.shape, self.number, self.cell)

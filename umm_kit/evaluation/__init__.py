@@ -18,7 +18,7 @@ from umm_kit.data.digits import Digits
 from umm_kit.data.shapes import Shapes
 from umm_kit.evaluation import generation, understanding
 from umm_kit.evaluation.understanding import Examiner
-from umm_kit.models.base import Decoding
+from umm_kit.models.base import Decoding, evaluating
 from umm_kit.records import machine, versions, write_json
 from umm_kit.statistics import Estimate, bootstrap, bootstrap_ratio, paired_difference
 
@@ -148,20 +148,14 @@ def evaluate(
     if isinstance(data, Shapes):  # draw the scenes once: each task would draw them again
         data = replace(data, fixed=data.scenes(range(len(data))))
     exam = Examiner(model, decoding, batch_size, seed, progress, n_questions, n_prompts)
-    training, start = getattr(model, "training", False), time.perf_counter()
-    if training:
-        model.eval()
-    try:
-        with torch.no_grad():
-            for task in wanted:
-                for measure in known[task]:
-                    try:
-                        measure(exam, data)
-                    except NotImplementedError as error:
-                        exam.notes.append(f"{task}: {error}")
-    finally:
-        if training:
-            model.train()
+    start = time.perf_counter()
+    with evaluating(model), torch.no_grad():
+        for task in wanted:
+            for measure in known[task]:
+                try:
+                    measure(exam, data)
+                except NotImplementedError as error:
+                    exam.notes.append(f"{task}: {error}")
     if not isinstance(data, Shapes | Digits):
         exam.notes.append("what pictures show: these images have no known factors, so answers and drawings cannot be scored")
     exam.notes += [f"{metric}: {len(outcomes)} item, no interval" for metric, outcomes in exam.items.items() if len(outcomes) < 2]

@@ -13,11 +13,11 @@ from torch import Tensor
 from umm_kit.data.language import Parsed, caption, parse
 from umm_kit.data.oracle import Oracle, holds
 from umm_kit.data.shapes import CELLS, MAX_OBJECTS, WORDS, SceneObject, Scenes, Shapes, render, sample_nuisance
-from umm_kit.evaluation.cycles import STARTS, Cycles, bar, batches, in_evaluation
+from umm_kit.evaluation.cycles import STARTS, Cycles, bar, batches
 from umm_kit.evaluation.drift import drift
 from umm_kit.evaluation.facts import shifts
 from umm_kit.evaluation.survival import cosine, mean, survival
-from umm_kit.models.base import Decoding
+from umm_kit.models.base import Decoding, evaluating
 
 _TRIES = 100  # places drawn at random until the relations hold
 
@@ -202,7 +202,7 @@ def unified_bench(
         raise ValueError(f"{len(data)} item(s), {batch_size=}; the floor compares items with others: expected at least 2 (and 1)")
     around, first = Cycles(model, model, model, decoding=decoding), STARTS[1]
     tokenizer, parts = getattr(model, "image_tokenizer", None), []
-    with in_evaluation(model), torch.no_grad(), bar(len(data), "unified bench", progress) as done:
+    with evaluating(model), torch.no_grad(), bar(len(data), "unified bench", progress) as done:
         for origin in batches(data, batch_size, first):
             key = f"{seed} {origin['ids'][0]}"
             texts = around.next(origin["images"], f"{key} 1")

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from umm_kit.data.oracle import Oracle
 from umm_kit.data.shapes import Shapes
 from umm_kit.evaluation.facts import KEPT, Content, FactTable, said, seen
 from umm_kit.evaluation.understanding import items_of
-from umm_kit.features import evaluating
-from umm_kit.models.base import Decoding, as_layers, check_images
+from umm_kit.models.base import Decoding, as_layers, check_images, evaluating
 from umm_kit.models.teachers import Teacher
 
 STARTS = ("text", "image")
@@ -166,7 +164,7 @@ def around(
     steps: list[str | Tensor] = [first]
     shown: list[str] | Tensor = [first] if isinstance(first, str) else check_images(first[None])
     go = Cycles(model, model, model, decoding=decoding)
-    with in_evaluation(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for step in range(1, 2 * cycles + 1):
             shown = go.next(shown, f"{seed} {step}")
             steps.append(shown[0])
@@ -223,12 +221,6 @@ def choose_layers(model: Any, layers: Sequence[int] | None) -> list[int]:
             )
         return []
     return as_layers([model.num_layers // 2, model.num_layers] if layers is None else layers, model.num_layers)
-
-
-def in_evaluation(*models: Any) -> AbstractContextManager:
-    """Evaluation mode of all that are modules, without gradients; every module's own mode after."""
-    modules = nn.ModuleList(m for m in models if isinstance(m, nn.Module))
-    return evaluating(modules) if len(modules) else nullcontext()
 
 
 def bar(total: int, label: str, progress: bool) -> tqdm:

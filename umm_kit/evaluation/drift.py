@@ -18,23 +18,13 @@ from matplotlib.figure import Figure
 from umm_kit.data.oracle import Oracle
 from umm_kit.data.shapes import Shapes
 from umm_kit.evaluation import survival
-from umm_kit.evaluation.cycles import (
-    STARTS,
-    Cycles,
-    Trace,
-    bar,
-    batches,
-    ceilings_of,
-    choose_layers,
-    in_evaluation,
-    origins,
-)
+from umm_kit.evaluation.cycles import STARTS, Cycles, Trace, bar, batches, ceilings_of, choose_layers, origins
 from umm_kit.evaluation.facts import DENIED, KEPT, FactTable, shifts
 from umm_kit.evaluation.survival import ExponentialFit, HalfLife, Survival, cosine, edit_distance, refuse_narrow, retrieval_rank
-from umm_kit.models.base import Decoding
+from umm_kit.models.base import Decoding, evaluating
 from umm_kit.models.teachers import Teacher
 from umm_kit.records import machine, versions, write_json
-from umm_kit.statistics import Difference, Estimate
+from umm_kit.statistics import Estimate
 
 WHOLE = slice(2, None, 2)  # the steps at which a cycle ends
 
@@ -59,6 +49,13 @@ class Drift:
     ceilings: dict[str, np.ndarray]
     notes: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+
+    # A closer look; as a function of a drift, each stands beside the arithmetic.
+    by_category = survival.by_category
+    transitions = survival.transitions
+    first_failure = survival.first_failure
+    noise = survival.noise
+    private_code = cached_property(survival.private_code)
 
     def __post_init__(self) -> None:
         if self.facts is not None:
@@ -113,47 +110,6 @@ class Drift:
     def exponential_fit(self) -> ExponentialFit:
         """S(k) = exp(-rate k), with a test that says where the curve does not allow it; see :meth:`Survival.exponential_fit`."""
         return self._curve.exponential_fit()
-
-    def by_category(self) -> pd.DataFrame:
-        """Survival of each kind of fact: category, cycle, value, low, high, recall, floor, ceiling, n (items that have any).
-
-        "object" (a thing of the very colour and shape) and "count" (the number of things) are scored here but not counted in
-        ``mean_survival``. Where ceiling and floor are nearer than .2, survival is NaN.
-        """
-        return survival.by_category(self)
-
-    def transitions(self) -> pd.DataFrame:
-        """From one cycle to the next, what becomes of facts: columns category, before, after, n, share (of those before).
-
-        A fact is "kept" since step 0, "lost" (in silence or denied), or "regained": found again after it was lost.
-        """
-        return survival.transitions(self)
-
-    def first_failure(self) -> pd.DataFrame:
-        """Which kind of fact goes first: columns category, value (share of items), low, high, n.
-
-        Kinds that fail in the same cycle share the item; "lost": the item could not be read at all; "none": nothing failed.
-        """
-        return survival.first_failure(self)
-
-    def noise(self) -> pd.DataFrame:
-        """Sampling noise apart from systematic drift, per cycle; asks for ``repeats`` of at least 2.
-
-        Columns: cycle; drift = C - A (what repeats do not average away), low, high; sampling_sd (of an item's recall between
-        repeats) and item_sd (of items' true recalls), by analysis of variance; lost (share of facts) and lost_again (the same
-        among facts that another repeat has lost: about ``lost`` for pure chance, 1 where the same facts always go); n.
-        """
-        return survival.noise(self)
-
-    @cached_property
-    def private_code(self) -> Difference:
-        """How much better a model agrees with itself than with the oracle, about its own pictures (0 = no private code).
-
-        For each text that is drawn and read again: recall of what it says of shapes, colours and sizes in the model's reading
-        minus that in the oracle's. Positive: the model reads its own text out of pictures that do not show it. Negative: it
-        misreads true pictures. A text that cannot be read counts 0. Its ``p_value`` is that of the sign-flip test.
-        """
-        return survival.private_code(self)
 
     # --- everything per cycle ------------------------------------------------------------------------------------------
 
@@ -313,7 +269,7 @@ def drift(
         data = replace(data, fixed=data.scenes(range(len(data))))
     chosen = choose_layers(model, layers)
     around = Cycles(model, reader or model, writer or model, oracle, teacher, chosen, decoding)
-    with in_evaluation(model, around.reader, around.writer), torch.no_grad():
+    with evaluating(model, around.reader, around.writer), torch.no_grad():
         if oracle is None:
             notes.append("survival, facts and private codes are not measured: these data have no known factors.")
         else:

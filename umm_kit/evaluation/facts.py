@@ -172,10 +172,9 @@ class FactTable:
         thing = origin.things[k]
         if category == "object":
             return f"object: {' '.join(filter(None, (thing.colour, thing.shape)))}"
-        name = thing.shape or "thing" if category != "shape" else f"thing {k + 1}"
-        return (
-            f"{category} of the {name}: {getattr(thing, FACTORS[category])}" if category != "shape" else f"{name}: {thing.shape}"
-        )
+        if category == "shape":
+            return f"thing {k + 1}: {thing.shape}"
+        return f"{category} of the {thing.shape or 'thing'}: {getattr(thing, FACTORS[category])}"
 
     @property
     def counted(self) -> np.ndarray:

@@ -244,7 +244,11 @@ def edit_distance(a: str, b: str) -> float:
 
 
 def by_category(drift: Drift) -> pd.DataFrame:
-    """Survival of each kind of fact, per cycle; see :meth:`Drift.by_category`."""
+    """Survival of each kind of fact: category, cycle, value, low, high, recall, floor, ceiling, n (items that have any).
+
+    "object" (a thing of the very colour and shape) and "count" (the number of things) are scored here but not counted in
+    ``mean_survival``. Where ceiling and floor are nearer than .2, survival is NaN.
+    """
     rows = []
     for category in CATEGORIES:
         if not (chosen := drift.table.category == category).any():
@@ -260,22 +264,26 @@ def by_category(drift: Drift) -> pd.DataFrame:
 
 
 def transitions(drift: Drift) -> pd.DataFrame:
-    """From one cycle to the next, what becomes of facts; see :meth:`Drift.transitions`."""
+    """From one cycle to the next, what becomes of facts: columns category, before, after, n, share (of those before).
+
+    A fact is "kept" since step 0, "lost" (in silence or denied), or "regained": found again after it was lost.
+    """
     kept, rows = drift.status[:, ::2] == KEPT, []
     never = np.logical_and.accumulate(kept, axis=1)
     state = np.where(never, "kept", np.where(kept, "regained", "lost"))
     for category in [c for c in CATEGORIES if c in drift.table.category]:
         mine = state[..., drift.table.category == category]
-        count = Counter(zip(mine[:, :-1].ravel().tolist(), mine[:, 1:].ravel().tolist(), strict=True))
-        total: Counter[str] = Counter()
-        for (before, _), n in count.items():
-            total[before] += n
+        earlier, later = mine[:, :-1].ravel().tolist(), mine[:, 1:].ravel().tolist()
+        total, count = Counter(earlier), Counter(zip(earlier, later, strict=True))
         rows += [(category, before, after, n, n / total[before]) for (before, after), n in sorted(count.items())]
     return pd.DataFrame(rows, columns=["category", "before", "after", "n", "share"])
 
 
 def first_failure(drift: Drift) -> pd.DataFrame:
-    """Which kind of fact goes first; see :meth:`Drift.first_failure`."""
+    """Which kind of fact goes first: columns category, value (share of items), low, high, n.
+
+    Kinds that fail in the same cycle share the item; "lost": the item could not be read at all; "none": nothing failed.
+    """
     table, n = drift.table, len(drift.ids)
     kinds = [c for c in CATEGORIES if (table.counted & (table.category == c)).any()]
     share = np.zeros((len(drift.traces), n, len(kinds) + 2))
@@ -297,7 +305,12 @@ def first_failure(drift: Drift) -> pd.DataFrame:
 
 
 def noise(drift: Drift) -> pd.DataFrame:
-    """Sampling noise apart from systematic drift, per cycle; see :meth:`Drift.noise`."""
+    """Sampling noise apart from systematic drift, per cycle; asks for ``repeats`` of at least 2.
+
+    Columns: cycle; drift = C - A (what repeats do not average away), low, high; sampling_sd (of an item's recall between
+    repeats) and item_sd (of items' true recalls), by analysis of variance; lost (share of facts) and lost_again (the same
+    among facts that another repeat has lost: about ``lost`` for pure chance, 1 where the same facts always go); n.
+    """
     repeats = len(drift.traces)
     if repeats < 2:
         raise ValueError("one run cannot tell noise from drift; measure with repeats=2 or more")
@@ -314,7 +327,12 @@ def noise(drift: Drift) -> pd.DataFrame:
 
 
 def private_code(drift: Drift) -> Difference:
-    """Agreement with itself minus that with the oracle, about its own pictures; see :attr:`Drift.private_code`."""
+    """How much better a model agrees with itself than with the oracle, about its own pictures (0 = no private code).
+
+    For each text that is drawn and read again: recall of what it says of shapes, colours and sizes in the model's reading
+    minus that in the oracle's. Positive: the model reads its own text out of pictures that do not show it. Negative: it
+    misreads true pictures. A text that cannot be read counts 0. Its ``p_value`` is that of the sign-flip test.
+    """
     assert drift.table is not None
     kinds = drift.traces[0].kinds
     if not (told := [step for step in range(len(kinds) - 2) if kinds[step] == "text"]):

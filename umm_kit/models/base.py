@@ -200,6 +200,19 @@ def recording(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[di
             hook.remove()
 
 
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Evaluation mode of all that are modules; every module's own mode after."""
+    modules = nn.ModuleList(model for model in models if isinstance(model, nn.Module))
+    modes = [(module, module.training) for module in modules.modules()]
+    try:
+        modules.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def check_images(images: Float[Tensor, "B 3 H W"], size: tuple[int, int] | None = None) -> Float[Tensor, "B 3 H W"]:
     """Refuse what is not a batch of RGB images in [0, 1]."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
@@ -399,7 +412,29 @@ class Draws:
 
 
 class DrawsCodes(Draws):
-    """Of a family with ``generate_codes``."""
+    """Of a family with ``generate_codes``, that says by ``_scored`` what it predicts of the codes of a batch."""
+
+    def generation_flow(
+        self: Any,
+        batch: Mapping[str, Any],
+        mask_ratio: float | tuple[float, float] = MASK_RATIO,
+        mask_layout: str = "dispersed",
+        generator: torch.Generator | None = None,
+        layers: Sequence[int] | None = None,
+        mask: Tensor | None = None,
+    ) -> FlowOutput:
+        """Caption and partly hidden image in, hidden codes as target: cross-entropy of these codes (DIVA Sec. 3.1).
+
+        ``batch["condition"]`` [B, C, d], where there and the family takes any, are vectors to draw by beside the caption, such as
+        states of an image.
+        """
+        check_batch(batch)
+        codes = self._codes(batch)
+        mask = choose_mask(mask, len(codes), self.grid, mask_ratio, mask_layout, generator).to(self.device)
+        logits, states = self._scored(batch, codes, mask, as_layers(layers, self.num_layers))
+        labels = torch.where(mask, codes, -100)
+        loss, per_example = token_losses(logits, labels)
+        return FlowOutput(loss, per_example, states, self.grid, mask=mask, logits=logits, labels=labels)
 
     def _fill(
         self: Any, texts: Sequence[str], images: Tensor | None, hidden: Tensor, decoding: Decoding, generator: Any

@@ -24,7 +24,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from umm_kit.models.base import (
-    MASK_RATIO,
     Decoding,
     DrawsCodes,
     FlowOutput,
@@ -32,7 +31,6 @@ from umm_kit.models.base import (
     check_batch,
     check_images,
     check_questions,
-    choose_mask,
     recording,
     token_losses,
 )
@@ -190,32 +188,19 @@ class CausalUMM(DrawsCodes, nn.Module):
         loss, per_example = token_losses(logits, labels)
         return FlowOutput(loss, per_example, self._in_slots(states, ids), self.seen_grid, logits=logits, labels=labels)
 
-    def generation_flow(
-        self,
-        batch: Mapping[str, Any],
-        mask_ratio: float | tuple[float, float] = MASK_RATIO,
-        mask_layout: str = "dispersed",
-        generator: torch.Generator | None = None,
-        layers: Sequence[int] | None = None,
-        mask: Tensor | None = None,
-    ) -> FlowOutput:
-        """Caption and partly hidden image in, hidden codes as target: next-token loss on them (DIVA Sec. 3.1)."""
-        check_batch(batch)
+    def _scored(
+        self, batch: Mapping[str, Any], codes: Tensor, mask: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         if batch.get("condition") is not None:
             raise NotImplementedError(f"{type(self).__name__} draws from words; it takes no vectors as condition")
-        codes = self._codes(batch)
-        mask = choose_mask(mask, len(codes), self.grid, mask_ratio, mask_layout, generator).to(self.device)
         hidden, states = self._drawing(batch["texts"], codes, mask & ~mask.all(1, keepdim=True), layers)
-        logits = self.code_logits(hidden)
-        labels = torch.where(mask, codes, IGNORE)
-        loss, per_example = token_losses(logits, labels)
-        return FlowOutput(loss, per_example, states, self.grid, mask=mask, logits=logits, labels=labels)
+        return self.code_logits(hidden), states
 
     def _drawing(
-        self, texts: Sequence[str], codes: Tensor, hide: Tensor, layers: Sequence[int] | None
+        self, texts: Sequence[str], codes: Tensor, hide: Tensor, layers: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """States that predict each code [B, N, d], and those of layers in the slots; ``hide`` [B, N] of the inputs."""
-        return self._draw(*self._rows([self.told(text) for text in texts]), codes, hide, as_layers(layers, self.num_layers))
+        return self._draw(*self._rows([self.told(text) for text in texts]), codes, hide, layers)
 
     def _draw(
         self, ids: Tensor, real: Tensor, codes: Tensor, hide: Tensor, layers: Sequence[int]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from umm_kit.models.base import FlowOutput, check_images, example_losses, token_losses
+from umm_kit.models.base import FlowOutput, check_images, evaluating, example_losses, token_losses
 
 PARTS = ("embedding", "num_layers", "hidden_size", "grid", "layer_parameters", "understanding_flow", "generation_flow")
 RULES = ("caption_unseen", "caption_read", "hidden_unseen", "raster_order", "losses", "gradients", "repeatable")
@@ -70,21 +70,15 @@ def check_model(model: Any, batch: Mapping[str, Any]) -> CheckReport:
     if len(set(texts)) < 2:
         raise ValueError(f"{len(texts)} examples with {len(set(texts))} different texts; expected two of each at least")
     report, trial = CheckReport(type(model).__name__), _Trial(model, batch)
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     for name in dict.fromkeys(name for needs in TIERS.values() for name in needs):
         try:
-            if modes:
-                model.eval()
-            with torch.set_grad_enabled(name == "gradients"):
+            with evaluating(model), torch.set_grad_enabled(name == "gradients"):
                 getattr(trial, name)() if hasattr(trial, name) else getattr(model, name)
             report.met.append(name)
         except NotAsked as why:
             report.not_asked[name] = str(why)
         except (NotImplementedError, AttributeError, ValueError, RuntimeError, TypeError, LookupError) as error:
             report.missing[name] = f"{type(error).__name__}: {error}"
-        finally:
-            for module, mode in modes:
-                module.training = mode
     return report
 
 

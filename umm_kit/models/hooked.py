@@ -15,16 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from umm_kit.models.base import (
-    MASK_RATIO,
-    FlowOutput,
-    as_layers,
-    check_batch,
-    check_images,
-    choose_mask,
-    recording,
-    token_losses,
-)
+from umm_kit.models.base import MASK_RATIO, FlowOutput, as_layers, check_batch, check_images, choose_mask, recording, token_losses
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from umm_kit.models.base import (
-    MASK_RATIO,
-    Decoding,
-    DrawsCodes,
-    FlowOutput,
-    as_layers,
-    check_batch,
-    choose_mask,
-    elbo_masks,
-    token_losses,
-)
+from umm_kit.models.base import Decoding, DrawsCodes, as_layers, elbo_masks
 from umm_kit.models.omni import Block, OmniUMM
-from umm_kit.models.own import IGNORE, CodeTable, OwnUMMConfig, gumbel
+from umm_kit.models.own import CodeTable, OwnUMMConfig, gumbel
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig
 
 
@@ -76,30 +66,12 @@ class MaskedUMM(DrawsCodes, OmniUMM):
         """Final states at the image positions [B, N, d], and image states per layer. ``mask`` [B, N] hides codes."""
         return self._drawing(self._embed_image(torch.where(mask, self.codebook_size, codes)), ids, layers, condition)
 
-    def generation_flow(
-        self,
-        batch: Mapping[str, Any],
-        mask_ratio: float | tuple[float, float] = MASK_RATIO,
-        mask_layout: str = "dispersed",
-        generator: torch.Generator | None = None,
-        layers: Sequence[int] | None = None,
-        mask: Tensor | None = None,
-    ) -> FlowOutput:
-        """Caption and partly hidden image in, hidden codes as target: masked-token loss (DIVA Sec. 3.1).
-
-        ``batch["condition"]`` [B, C, d], where there, are vectors to draw by beside the caption, such as states of an image.
-        """
-        check_batch(batch)
-        codes = self._codes(batch)
-        mask = choose_mask(mask, len(codes), self.grid, mask_ratio, mask_layout, generator).to(self.device)
-        hidden, states = self._generation(
-            codes, mask, self.pack_captions(batch["texts"]).to(self.device), as_layers(layers, self.num_layers),
-            batch.get("condition"),
-        )  # fmt: skip
-        logits = self.image_head(hidden)
-        labels = torch.where(mask, codes, IGNORE)
-        loss, per_example = token_losses(logits, labels)
-        return FlowOutput(loss, per_example, states, self.grid, mask=mask, logits=logits, labels=labels)
+    def _scored(
+        self, batch: Mapping[str, Any], codes: Tensor, mask: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        ids = self.pack_captions(batch["texts"]).to(self.device)
+        hidden, states = self._generation(codes, mask, ids, layers, batch.get("condition"))
+        return self.image_head(hidden), states
 
     def regenerate(
         self,

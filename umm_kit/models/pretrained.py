@@ -152,11 +152,6 @@ class Codes:
         self.vq.eval()
         return self
 
-    def float(self) -> Codes:
-        """In single precision: codes near an edge must not depend on the precision of the model around them."""
-        self.vq.float()
-        return self
-
 
 class JanusUMM(PretrainedUMM):
     """Janus and Janus-Pro: it sees by a vision tower of its own and draws by codes ("decoupled", as DIVA's introduction has it).

@@ -47,11 +47,7 @@ class CLIPTeacher:
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        pixels: tuple[Sequence[float], Sequence[float]] = CLIP_PIXELS,
-        batch_size: int = 256,
+        self, model: Any, tokenizer: Any, pixels: tuple[Sequence[float], Sequence[float]] = CLIP_PIXELS, batch_size: int = 256
     ):
         if missing := [name for name in ("get_text_features", "get_image_features") if not hasattr(model, name)]:
             raise ValueError(f"{type(model).__name__} has no {' and no '.join(missing)}; expected a CLIP-like model")
@@ -73,9 +69,7 @@ class CLIPTeacher:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"texts hold {sorted({type(text).__name__ for text in texts})}; expected strings")
         takes = [name for name in ("input_ids", "attention_mask") if name in self.tokenizer.model_input_names]
-        padding = (
-            True if "attention_mask" in takes else "max_length"
-        )  # SigLIP has no mask: it was trained on texts of full length
+        padding = "attention_mask" in takes or "max_length"  # SigLIP has no mask: it was trained on texts of full length
         out = []
         for start in range(0, len(texts), self.batch_size):
             some = list(texts[start : start + self.batch_size])

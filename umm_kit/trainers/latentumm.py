@@ -13,13 +13,14 @@ import json
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
+from transformers.hf_argparser import HfArg
 
 from umm_kit.diagnostics.collapse import CollapseMonitor
 from umm_kit.losses.alignment import GUARDS, latent_alignment
@@ -42,12 +43,12 @@ class AlignerConfig(UMMArguments):
     """Configuration of :func:`train_aligner`; defaults are the release's, whose terms alone collapse (guard "none")."""
 
     output_dir: str | None = "runs/aligner"
-    teacher: str = field(default="tiny-teacher", metadata={"help": "A teacher's folder or id, or a table of embeddings."})
-    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
+    teacher: str = HfArg(default="tiny-teacher", help="A teacher's folder or id, or a table of embeddings.")
+    data: str = HfArg(default="shapes", help="'shapes', 'digits' or an image-text folder.")
     modal_weight: float = 1.0
     capacity_weight: float = 1.0
     target_weight: float = 0.0
-    guard: str = field(default="none", metadata={"help": f"One of {', '.join(GUARDS)}."})
+    guard: str = HfArg(default="none", help=f"One of {', '.join(GUARDS)}.")
     guard_weight: float = 1.0
     hidden_size: int = 1024
     num_layers: int = 2
@@ -212,8 +213,8 @@ class LatentUMMConfig(PreferenceConfig):
     """
 
     output_dir: str | None = "runs/latentumm"
-    variant: str = field(default="corrected", metadata={"help": "'released' or 'corrected'."})
-    teacher: str = field(default="tiny-teacher", metadata={"help": "A teacher's folder or id, or a table of embeddings."})
+    variant: str = HfArg(default="corrected", help="'released' or 'corrected'.")
+    teacher: str = HfArg(default="tiny-teacher", help="A teacher's folder or id, or a table of embeddings.")
     latents: str = varied("'packed' (image states have seen the words) or 'apart'.")
     capacity: str = varied("'heads' (side MLPs) or 'generation' (draw and read).")
     guard: str = varied(f"One of {', '.join(GUARDS)}.")
@@ -225,7 +226,7 @@ class LatentUMMConfig(PreferenceConfig):
     preference_weight: float = varied("Of the preference term.")
     rollouts: int = varied("K.")
     lora_rank: int = varied("Of adapters; 0 trains full weights.")
-    sigma: float = field(default=0.05, metadata={"help": "Noise on a latent, for the released preference."})
+    sigma: float = HfArg(default=0.05, help="Noise on a latent, for the released preference.")
 
     def __post_init__(self) -> None:
         take_variant(self, VARIANTS)

@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
 
 from umm_kit.features import evaluating
 from umm_kit.losses.preference import best_and_worst, dpo
@@ -38,22 +39,22 @@ class PreferenceConfig(PostTrainArguments):
     """Configuration of :class:`PreferenceTrainer`."""
 
     output_dir: str | None = "runs/preference"
-    rounds: int = field(default=3, metadata={"help": "How often the model draws anew; the steps are divided among them."})
-    prompts: int = field(default=256, metadata={"help": "Captions that are drawn in each round."})
-    rollouts: int = field(default=4, metadata={"help": "K: drawings of each."})
-    temperature: float = field(default=1.0, metadata={"help": "Of drawing."})
-    drawing_steps: int = field(default=8, metadata={"help": "Rounds of masked prediction in a drawing."})
-    threshold: float = field(
-        default=0.02, metadata={"help": "Best and worst must differ by more, in nats per word of the reader, to be a pair."}
+    rounds: int = HfArg(default=3, help="How often the model draws anew; the steps are divided among them.")
+    prompts: int = HfArg(default=256, help="Captions that are drawn in each round.")
+    rollouts: int = HfArg(default=4, help="K: drawings of each.")
+    temperature: float = HfArg(default=1.0, help="Of drawing.")
+    drawing_steps: int = HfArg(default=8, help="Rounds of masked prediction in a drawing.")
+    threshold: float = HfArg(
+        default=0.02, help="Best and worst must differ by more, in nats per word of the reader, to be a pair."
     )
-    pairs: int = field(default=16, metadata={"help": "Pairs in each step."})
-    draws: int = field(default=8, metadata={"help": "Masks behind each likelihood (see elbo_masks)."})
-    beta: float = field(default=0.05, metadata={"help": "How strongly DPO ties the model to its frozen copy."})
-    alpha: float = field(default=0.0, metadata={"help": "Weight of the chosen drawings' own likelihood, per token."})
+    pairs: int = HfArg(default=16, help="Pairs in each step.")
+    draws: int = HfArg(default=8, help="Masks behind each likelihood (see elbo_masks).")
+    beta: float = HfArg(default=0.05, help="How strongly DPO ties the model to its frozen copy.")
+    alpha: float = HfArg(default=0.0, help="Weight of the chosen drawings' own likelihood, per token.")
     preference_weight: float = 1.0
     understanding_weight: float = 1.0
     generation_weight: float = 1.0
-    lora_rank: int = field(default=8, metadata={"help": "Of adapters on all blocks, merged at the end; 0 trains full weights."})
+    lora_rank: int = HfArg(default=8, help="Of adapters on all blocks, merged at the end; 0 trains full weights.")
     max_steps: int = 300
     per_device_train_batch_size: int = 32
     learning_rate: float = 3e-4

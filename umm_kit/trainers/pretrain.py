@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
 from umm_kit.data import open_data
 from umm_kit.data.shapes import ONE_FLOW, Nuisance, shows_any
@@ -45,47 +46,36 @@ class PretrainConfig(UMMArguments):
     """Configuration of :func:`train`; what a shipped model changed, its card says."""
 
     output_dir: str | None = "runs/masked"
-    model: str = field(default="", metadata={"help": "Go on from this model (fine-tuning); empty starts a new one."})
-    family: str = field(default="masked", metadata={"help": "Of a new model: masked, autoregressive or flow."})
-    image_tokenizer: str = field(
-        default="",
-        metadata={"help": "Trained image tokenizer of a new model; empty trains one first, in output_dir/image_tokenizer."},
+    model: str = HfArg(default="", help="Go on from this model (fine-tuning); empty starts a new one.")
+    family: str = HfArg(default="masked", help="Of a new model: masked, autoregressive or flow.")
+    image_tokenizer: str = HfArg(
+        default="", help="Trained image tokenizer of a new model; empty trains one first, in output_dir/image_tokenizer."
     )
-    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
-    texture: str = field(default="mid", metadata={"help": "Entropy of the scenes' patch texture: 'none', 'mid' or 'high'."})
-    asymmetric: bool = field(
-        default=False,
-        metadata={"help": "Scenes with a composition of data.shapes.ONE_FLOW are shown to that flow alone."},
+    data: str = HfArg(default="shapes", help="'shapes', 'digits' or an image-text folder.")
+    texture: str = HfArg(default="mid", help="Entropy of the scenes' patch texture: 'none', 'mid' or 'high'.")
+    asymmetric: bool = HfArg(
+        default=False, help="Scenes with a composition of data.shapes.ONE_FLOW are shown to that flow alone."
     )
     hidden_size: int = 128
     num_layers: int = 10
     num_heads: int = 4
-    questions: int = field(default=3, metadata={"help": "Questions per image beside its caption."})
-    understanding_every: int = field(
-        default=2,
-        metadata={"help": "Every how many-th image goes through the understanding flow too: drawing is the slower to learn."},
+    questions: int = HfArg(default=3, help="Questions per image beside its caption.")
+    understanding_every: int = HfArg(
+        default=2, help="Every how many-th image goes through the understanding flow too: drawing is the slower to learn."
     )
     understanding_weight: float = 1.0
     generation_weight: float = 1.0
-    full_mask: float = field(
-        default=0.1, metadata={"help": "Share of generation examples with every token hidden (text-to-image replay)."}
-    )
-    mask_schedule: str = field(
+    full_mask: float = HfArg(default=0.1, help="Share of generation examples with every token hidden (text-to-image replay).")
+    mask_schedule: str = HfArg(
         default="cosine",
-        metadata={
-            "help": "Mask ratio of the others: 'cosine' (cos of a uniform angle, MaskGIT) or 'flow' (uniform in 0.2-0.6, DIVA)."
-        },
+        help="Mask ratio of the others: 'cosine' (cos of a uniform angle, MaskGIT) or 'flow' (uniform in 0.2-0.6, DIVA).",
     )
-    caption_dropout: float = field(
-        default=0.1, metadata={"help": "Share of generation examples without text, for classifier-free guidance."}
-    )
+    caption_dropout: float = HfArg(default=0.1, help="Share of generation examples without text, for classifier-free guidance.")
     max_steps: int = 6000
     per_device_train_batch_size: int = 64
     learning_rate: float = 3e-3
     lr_scheduler_type: str = "warmup_stable_decay"
-    decay_share: float = field(
-        default=0.3, metadata={"help": "Share of the steps at the end in which the learning rate falls to 0."}
-    )
+    decay_share: float = HfArg(default=0.3, help="Share of the steps at the end in which the learning rate falls to 0.")
     warmup_steps: float = 200
     weight_decay: float = 0.01
     adam_beta2: float = 0.95
@@ -95,7 +85,7 @@ class PretrainConfig(UMMArguments):
     eval_strategy: str = "steps"
     eval_steps: float | None = 500
     per_device_eval_batch_size: int = 64
-    eval_items: int = field(default=256, metadata={"help": "Validation examples behind each evaluation loss."})
+    eval_items: int = HfArg(default=256, help="Validation examples behind each evaluation loss.")
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -149,7 +139,7 @@ class FlowConfig(PretrainConfig):
     family: str = "flow"
     full_mask: float = 0.75
     mask_schedule: str = "flow"
-    separate_encoder: bool = field(default=False, metadata={"help": "Understanding sees by an encoder of its own."})
+    separate_encoder: bool = HfArg(default=False, help="Understanding sees by an encoder of its own.")
 
 
 class Collator:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, set_seed
+from transformers.hf_argparser import HfArg
 
 from umm_kit.losses.factorization import alignment
 from umm_kit.models.teachers import CLIPTeacher, retrieved
@@ -26,7 +27,7 @@ class TeacherConfig(UMMArguments):
     """Configuration of :func:`train`. The shipped ``tiny-teacher`` is smaller and was trained for less; its card says how."""
 
     output_dir: str | None = "runs/teacher"
-    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
+    data: str = HfArg(default="shapes", help="'shapes', 'digits' or an image-text folder.")
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 4
@@ -73,24 +74,20 @@ class Contrastive(nn.Module):
         return {"loss": found.loss, "accuracy": found.accuracy, "estimate": found.estimate.detach()}
 
 
-def new_teacher(config: TeacherConfig, texts: Sequence[str], image_size: int) -> CLIPTeacher:
+def new_teacher(config: TeacherConfig, texts: Iterable[str], image_size: int) -> CLIPTeacher:
     """An untrained teacher whose words are those of the texts."""
-    words = train_text_tokenizer(texts)
+    from tokenizers.processors import TemplateProcessing
+
+    words: Any = train_text_tokenizer(texts)
+    # CLIP reads a text off at its <eos>, so the tokenizer has to put one there.
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", words.eos_token_id)])
     sizes = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads}
     sizes["intermediate_size"] = 4 * config.hidden_size
     ends = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = {**sizes, **ends, "vocab_size": len(words), "max_position_embeddings": config.max_text}
     vision = {**sizes, "image_size": image_size, "patch_size": config.patch_size}
     both = CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.projection_dim)
-    return CLIPTeacher(CLIPModel(both), _ending(words), ((0.5,) * 3, (0.5,) * 3))
-
-
-def _ending(words: Any) -> Any:
-    """CLIP reads a text off at its <eos>, so the tokenizer has to put one there."""
-    from tokenizers.processors import TemplateProcessing
-
-    words.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", words.eos_token_id)])
-    return words
+    return CLIPTeacher(CLIPModel(both), words, ((0.5,) * 3, (0.5,) * 3))
 
 
 def train(config: TeacherConfig) -> CLIPTeacher:
@@ -100,10 +97,8 @@ def train(config: TeacherConfig) -> CLIPTeacher:
 
     set_seed(config.seed)
     data = open_data(config.data, "train", seed=config.seed)
-    first = data[0]
-    teacher = new_teacher(
-        config, list(vocabulary_corpus()) if config.data == "shapes" else corpus(data), first["images"].shape[-1]
-    )
+    texts = vocabulary_corpus() if config.data == "shapes" else corpus(data)
+    teacher = new_teacher(config, texts, data[0]["images"].shape[-1])
 
     def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         said = teacher.tokenizer([item["texts"] for item in items], truncation=True, max_length=config.max_text)

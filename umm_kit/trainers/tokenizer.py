@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
 from umm_kit.models.latents import LatentTokenizer, LatentTokenizerConfig
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig, codebook_use
@@ -22,11 +23,9 @@ class TokenizerConfig(UMMArguments):
     """Configuration of :func:`train`; defaults make the shipped tokenizer."""
 
     output_dir: str | None = "runs/tokenizer"
-    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
-    levels: list[int] = field(
-        default_factory=lambda: [8, 8, 8, 5], metadata={"help": "FSQ levels; the codebook has their product."}
-    )
-    latent: bool = field(default=False, metadata={"help": "Codes are vectors, of the flow family, and not numbers."})
+    data: str = HfArg(default="shapes", help="'shapes', 'digits' or an image-text folder.")
+    levels: list[int] = HfArg(default_factory=lambda: [8, 8, 8, 5], help="FSQ levels; the codebook has their product.")
+    latent: bool = HfArg(default=False, help="Codes are vectors, of the flow family, and not numbers.")
     channels: int = 96
     depth: int = 5
     max_steps: int = 4000

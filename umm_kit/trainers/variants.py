@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from transformers.hf_argparser import HfArg
 
 from umm_kit.models.factors import INJECTIONS, KINDS
 from umm_kit.trainers.base import PostTrainArguments
@@ -39,8 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def varied(text: str) -> Any:
-    """A field that :data:`VARIANTS` fills unless it is chosen; its type is that of the values there."""
-    return field(default=None, metadata={"help": f"{text} By default the variant's."})
+    """An option that :data:`VARIANTS` fills unless it is chosen; its type is that of the values there."""
+    return HfArg(default=None, help=f"{text} By default the variant's.")
 
 
 def take_variant(config: Any, variants: Mapping[str, Mapping[str, Any]]) -> None:
@@ -80,11 +82,11 @@ class DIVAConfig(PostTrainArguments):
     """
 
     output_dir: str | None = "runs/diva"
-    variant: str = field(default="paper", metadata={"help": "'paper', 'released' or 'corrected'."})
+    variant: str = HfArg(default="paper", help="'paper', 'released' or 'corrected'.")
     stage1_steps: int = 2000
     stage1_learning_rate: float = 2e-4
     stage1_warmup_steps: int = 200
-    shared_only: float = field(default=0.5, metadata={"help": "Share of stage 1 before the unique factors join."})
+    shared_only: float = HfArg(default=0.5, help="Share of stage 1 before the unique factors join.")
     stage1_alignment: bool = varied("InfoNCE between shared factors in stage 1 too, at shared_weight.")
     stage1_penalty: bool = varied("The penalty on unique factors in stage 1 too, at unique_weight.")
     orthogonality_weight: float = varied("In stage 1.")
@@ -94,44 +96,40 @@ class DIVAConfig(PostTrainArguments):
     encoder: str = varied("'gated', 'shallow', 'linear' or 'transformer' (then on tokens, not pooled).")
     rank: int = varied("Of the readouts; cut to what factors and vocabularies allow.")
     injection: str = varied("'crosswise' or 'own', see Readouts.")
-    layers: list[int] = field(default_factory=list, metadata={"help": "Layers to factorize and train; empty: the middle ones."})
+    layers: list[int] = HfArg(default_factory=list, help="Layers to factorize and train; empty: the middle ones.")
     single_layer: bool = varied("With no layers chosen, one at two thirds of the depth instead of all middle ones.")
     train_all_layers: bool = varied("Stage 2 trains all parameters, not only the middle.")
     train_encoders: bool = varied("Stage 2 trains the encoders too.")
-    lora_rank: int = field(
-        default=0,
-        metadata={"help": "Above 0, train adapters of this rank on the linear maps of the trained layers, merged at the end."},
+    lora_rank: int = HfArg(
+        default=0, help="Above 0, train adapters of this rank on the linear maps of the trained layers, merged at the end."
     )
     shared_weight: float = 0.6
     unique_weight: float = 0.6
     penalty: str = varied("On unique factors: 'across' flows (NCE-CLUB, Eq. 7) or 'within' each (CLUB as released).")
-    ramp_share: float = field(
-        default=0.5,
-        metadata={"help": "Share of stage 2 in which factor terms rise linearly from 0 (the penalty in stage 1's second part)."},
+    ramp_share: float = HfArg(
+        default=0.5, help="Share of stage 2 in which factor terms rise linearly from 0 (the penalty in stage 1's second part)."
     )
     understanding_weight: float = 1.0
     generation_weight: float = 1.0
-    equalise_gradients: bool = field(
-        default=False, metadata={"help": "Scale both task gradients to the mean of their norms before weights and sum."}
+    equalise_gradients: bool = HfArg(
+        default=False, help="Scale both task gradients to the mean of their norms before weights and sum."
     )
-    stop_gradient: bool = field(default=True, metadata={"help": "Alignment is directed (Eq. 10); False: symmetric."})
+    stop_gradient: bool = HfArg(default=True, help="Alignment is directed (Eq. 10); False: symmetric.")
     temperature: float = 0.1
     mask_equal_facts: bool = varied("Pairs that say the same are no negatives of each other.")
     queue: int = varied("Targets of earlier batches kept as further negatives (directed only).")
-    pairs: str = field(
-        default="true", metadata={"help": "'shuffled' is a control: all of DIVA sees U of one anchor with G of the next."}
+    pairs: str = HfArg(default="true", help="'shuffled' is a control: all of DIVA sees U of one anchor with G of the next.")
+    random_encoders: bool = HfArg(default=False, help="A control: no stage 1, encoders stay as they were drawn.")
+    bag_of_words: bool = HfArg(
+        default=False, help="A control of stage 1: U's shared bias reads the words that G was shown, not z_sh^G."
     )
-    random_encoders: bool = field(default=False, metadata={"help": "A control: no stage 1, encoders stay as they were drawn."})
-    bag_of_words: bool = field(
-        default=False, metadata={"help": "A control of stage 1: U's shared bias reads the words that G was shown, not z_sh^G."}
+    ema_role: str = HfArg(
+        default="targets", help="Averaged weights give the alignment's 'targets' (paper), or the final 'weights'."
     )
-    ema_role: str = field(
-        default="targets", metadata={"help": "Averaged weights give the alignment's 'targets' (paper), or the final 'weights'."}
+    reconstruction_weight: float = HfArg(
+        default=0.0, help="Of drawing each image again from U's own states of it (after RecA; a baseline)."
     )
-    reconstruction_weight: float = field(
-        default=0.0, metadata={"help": "Of drawing each image again from U's own states of it (after RecA; a baseline)."}
-    )
-    project_conflicts: bool = field(default=False, metadata={"help": "PCGrad between the two task losses (a baseline)."})
+    project_conflicts: bool = HfArg(default=False, help="PCGrad between the two task losses (a baseline).")
     max_steps: int = 12_000
     per_device_train_batch_size: int = 64
     learning_rate: float = 3e-5
