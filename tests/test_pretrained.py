@@ -78,6 +78,13 @@ def test_layers_are_shared_by_devices(model, batch, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(found[0][:-1], found[1][:-1], strict=True)) and found[0][-1] == found[1][-1]
 
 
+def test_shared_layers_are_for_reading(model, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    two, config = uk.load(tmp_path / "m", "cpu,cpu"), DIVAConfig.tiny(output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="load it onto one device to train it"):
+        DIVATrainer(two, config, uk.Shapes("train", n=8, image_size=32))
+
+
 def test_a_small_model_has_one_device():
     with pytest.raises(ValueError, match="several devices share the layers of real checkpoints"):
         uk.load("tiny-masked", "cpu,cpu")

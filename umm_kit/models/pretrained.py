@@ -170,7 +170,7 @@ class JanusUMM(PretrainedUMM):
         vision, side = model.config.vision_config, model.config.vq_config.num_patches
         self.image_size, self.grid = vision.image_size, (side, side)
         self.seen_grid = (vision.image_size // vision.patch_size,) * 2
-        self.boi, self.eoi, self.placeholder = (self.special(f"{name}_token") for name in ("boi", "eoi", "image"))
+        self.boi, self.eoi = self.special("boi_token"), self.special("eoi_token")
         self.image_tokenizer = Codes(self, model.model.vqmodel)
 
     def asked(self, prompt: str | None) -> list[int]:

@@ -9,26 +9,7 @@ from umm_kit.plots.pictures import TEXT_SIZE, as_array, as_pixels, image_grid, t
 from umm_kit.plots.points import gradient_arrows, heat_map, latent_map, paths, pushes, readings
 
 __all__ = [
-    "TEXT_SIZE",
-    "Panel",
-    "as_array",
-    "as_pixels",
-    "band",
-    "cumulative",
-    "curves",
-    "diagnosis",
-    "drift",
-    "forest",
-    "gradient_arrows",
-    "heat_map",
-    "image_grid",
-    "latent_map",
-    "paths",
-    "probes",
-    "pushes",
-    "readings",
-    "scores",
-    "token_colours",
-    "token_maps",
-    "training",
-]
+    "TEXT_SIZE", "Panel", "as_array", "as_pixels", "band", "cumulative", "curves", "diagnosis", "drift", "forest",
+    "gradient_arrows", "heat_map", "image_grid", "latent_map", "paths", "probes", "pushes", "readings", "scores",
+    "token_colours", "token_maps", "training",
+]  # fmt: skip

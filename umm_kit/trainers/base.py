@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 
 from umm_kit.data.shapes import hash_uniform, stream_key
 from umm_kit.models.base import bf16_is_faster, resolve_device
@@ -46,14 +47,9 @@ class UMMArguments(TrainingArguments):
     remove_unused_columns: bool = False
     logging_steps: float = 20
     save_total_limit: int | None = 2
-    muon: bool = field(
-        default=True,
-        metadata={"help": "Muon on the blocks' matrices and kernels, AdamW on the rest; False: AdamW alone."},
-    )
-    ema_decay: float = field(
-        default=0.0, metadata={"help": "Decay of the averaged weights, which become the model at the end; 0 is off."}
-    )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir, if there is one."})
+    muon: bool = HfArg(default=True, help="Muon on the blocks' matrices and kernels, AdamW on the rest; False: AdamW alone.")
+    ema_decay: float = HfArg(default=0.0, help="Decay of the averaged weights, which become the model at the end; 0 is off.")
+    resume: bool = HfArg(default=False, help="Go on from the last checkpoint in output_dir, if there is one.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:
@@ -69,16 +65,14 @@ class UMMArguments(TrainingArguments):
 class PostTrainArguments(UMMArguments):
     """Of trainers that go on from a model."""
 
-    model: str = field(default="tiny-masked", metadata={"help": "The model to post-train."})
-    data: str = field(default="shapes", metadata={"help": "'shapes', 'digits' or an image-text folder."})
-    lora_rank: int = field(default=0, metadata={"help": "Above 0, of adapters that are trained instead of full weights."})
-    load_dtype: str = field(
-        default="float32",
-        metadata={"help": "Of weights that `umm-kit train` loads: 'bfloat16' halves them, for adapters on large models."},
+    model: str = HfArg(default="tiny-masked", help="The model to post-train.")
+    data: str = HfArg(default="shapes", help="'shapes', 'digits' or an image-text folder.")
+    lora_rank: int = HfArg(default=0, help="Above 0, of adapters that are trained instead of full weights.")
+    load_dtype: str = HfArg(
+        default="float32", help="Of weights that `umm-kit train` loads: 'bfloat16' halves them, for adapters on large models."
     )
-    replay_every: int = field(
-        default=4,
-        metadata={"help": "Every how many-th example is a question and a full-mask drawing instead of an anchor; 0: none."},
+    replay_every: int = HfArg(
+        default=4, help="Every how many-th example is a question and a full-mask drawing instead of an anchor; 0: none."
     )
     mask_layout: str = "dispersed"
     lr_scheduler_type: str = "cosine"
@@ -278,6 +272,8 @@ class UMMTrainer(Trainer):
         self._parts: dict[str, list[float]] = {}
         self._started, self._seconds_before = time.time(), 0.0
         check_writable(str(args.output_dir))
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise ValueError("the model's layers are shared by several devices, to read it; load it onto one device to train it")
         if args.bf16 and args.device.type == "cpu" and not bf16_is_faster(args.device):
             logger.warning("this processor is slower in bfloat16 than in float32; --bf16 False will be faster here")
         defaults_of(type(args))  # type: ignore[arg-type]
