@@ -117,6 +117,8 @@ EXCEPTIONS = {
     "checksum": "of a model; no array",
     "check_loaded": "of what transformers says; no array",
     "cast": "of a model; no array",
+    "DrawsCodes.generation_flow": "of a model; every family's in tests/test_contract.py",
+    "evaluating": "a context of models; no array",
     "Draws.generate": "of a model; each family's is called in its own test file",
     "Decoding.word": "of a model's scores; every family says its words by it",
     "scores_of": "of a FlowOutput, whose fields it returns; every family's in tests/test_contract.py",

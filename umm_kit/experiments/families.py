@@ -104,7 +104,8 @@ def judge(model: Any, preset: Preset) -> dict[str, Any]:
     untrained = type(model)(copy.deepcopy(model.config), model.text_tokenizer).eval()
     untrained.image_tokenizer = model.image_tokenizer
     found = diagnose(model, data, mask_ratios=(0.4,), untrained=untrained, seed=0, progress=False)
-    about = {"parameters": model.num_parameters(only_trainable=True), "claims": shape_claims(found).round(5).to_dict("records")}
+    sizes = [p.numel() for name, p in model.named_parameters() if not name.startswith("image_tokenizer.")]
+    about = {"parameters": sum(sizes), "claims": shape_claims(found).round(5).to_dict("records")}
     about |= {"diagnosis": found.frame[SERIES].round(5).to_dict("split", index=False)}
     return {**about, "items": {metric: items[metric] for metric in METRICS}}
 
