@@ -272,6 +272,21 @@ def test_muon_adamw_is_both_applied_apart():
     assert not torch.equal(m1[0], parameters()[0][0]) and not torch.equal(o1[0], parameters()[1][0])
 
 
+@pytest.mark.parametrize("muon", [True, False])
+def test_weight_decay_shrinks_matrices_and_no_biases(tmp_path, muon):
+    """Also without Muon, where it was once silently 0. Gradients are none: what moves, moves by decay."""
+    model = MaskedUMM.tiny(["a red circle"])
+    config = PretrainConfig.tiny(output_dir=str(tmp_path), muon=muon, weight_decay=0.1, learning_rate=0.5, image_tokenizer="-")
+    optimizer = PretrainTrainer(model, config, Shapes("train", n=8)).create_optimizer()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    weight, bias = "blocks.0.attention.qkv.weight", "norm.weight"
+    torch.testing.assert_close(dict(model.named_parameters())[weight], 0.95 * before[weight])
+    assert torch.equal(dict(model.named_parameters())[bias], before[bias])
+
+
 def test_muon_takes_a_kernel_as_a_matrix():
     """A kernel [out, in, h, w] moves exactly as the matrix [out, in h w] with the same gradients."""
     start = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))

@@ -58,8 +58,7 @@ class Ledger:
     def add(self, name: str, content: Mapping[str, Any]) -> None:
         """Append one run with what stands behind its numbers."""
         record = {"name": name, "command": command(), "versions": versions(), "device": machine(), **content}
-        if self.preset is not None:
-            record["preset"] = self.settings
+        record |= {"preset": self.settings} if self.preset is not None else {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = not self.path.exists() or not self.path.stat().st_size or self.path.read_bytes().endswith(b"\n")
         line = ("" if whole else "\n") + json.dumps(record, default=str) + "\n"

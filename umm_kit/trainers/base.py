@@ -300,16 +300,17 @@ class UMMTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = model or self.model
         if self.optimizer is None:  # type: ignore[has-type]
-            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            trained = [p for p in model.parameters() if p.requires_grad]
             blocks = [m for m in model.modules() if type(m).__name__ in (getattr(self.model, "_no_split_modules", None) or ())]
             inside = {id(p) for block in blocks for p in block.parameters() if p.ndim > 1}
-            hidden = inside if self.args.muon else set()
-            rate, betas = self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2)
-            matrices, others = ([p for _, p in named if (id(p) in hidden) == inner] for inner in (True, False))
+            kinds = [id(p) in inside if self.args.muon else p.ndim > 1 for p in trained]
+            matrices, others = ([p for p, kind in zip(trained, kinds, strict=True) if kind == asked] for asked in (True, False))
+            rate, decay, betas = self.args.learning_rate, self.args.weight_decay, (self.args.adam_beta1, self.args.adam_beta2)
+            groups: list[Any] = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
             self.optimizer = (
-                torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=betas)  # as below, with a state that FSDP can read
-                if self.is_fsdp_enabled
-                else MuonAdamW(matrices, others, rate, self.args.weight_decay, betas)
+                MuonAdamW(matrices, others, rate, decay, betas)
+                if self.args.muon
+                else torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, betas=betas)
             )
         return self.optimizer
 
