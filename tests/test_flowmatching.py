@@ -49,6 +49,17 @@ def test_latents_are_standardised_and_decode_as_before(batch):
             LatentTokenizerConfig(**wrong)
 
 
+def test_noise_in_training_is_in_units_of_the_latents(batch):
+    tokenizer = LatentTokenizer(LatentTokenizerConfig(channels=8, depth=1, noise=0.5))
+    x, seen = batch["images"], []
+    tokenizer.autoencoder.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for mode in (False, True):
+        tokenizer.train(mode)(x)
+    noise, std = seen[1] - seen[0], seen[0].std((0, 2, 3))
+    torch.testing.assert_close(noise.std((0, 2, 3)) / std, torch.full((8,), 0.5), atol=0.06, rtol=0)
+    assert torch.equal(seen[0], tokenizer.autoencoder.encode(x * 2 - 1).latents)
+
+
 # --- the flow ----------------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +82,8 @@ def test_noise_belongs_to_the_ids(model, batch):
     assert not torch.equal(other.target, out.target)
     levels = model._drawn_from(4000, [torch.Generator().manual_seed(0)])[0]
     assert LOWEST < float(levels.min()) < 0.03 and 0.99 < float(levels.max()) <= 1.0
-    assert float(levels.mean()) == pytest.approx((1 + LOWEST) / 2, abs=0.02)
+    middle = LOWEST + (1 - LOWEST) * 2 / 3  # a level of 2 u / (1 + u) at u = 1/2
+    assert float((levels < middle).float().mean()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_the_true_velocity_leads_to_the_image(model, batch, monkeypatch):

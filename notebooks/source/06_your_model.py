@@ -34,6 +34,10 @@ from torch import nn
 
 import umm_kit as uk
 from umm_kit import plots
+from umm_kit.data.language import vocabulary_corpus
+from umm_kit.models.autoregressive import AutoregressiveUMM
+from umm_kit.models.flowmatching import FlowUMM
+from umm_kit.models.masked import MaskedUMM
 from umm_kit.models.samples import random_model
 from umm_kit.models.sizes import sizes
 
@@ -140,17 +144,11 @@ uk.expect("hidden_unseen" in report.missing, True, claim="the check finds the ca
 # *preference-trainable* that the likelihood of a drawing can be had.
 
 # %%
-from umm_kit.data.language import vocabulary_corpus
-from umm_kit.models.autoregressive import AutoregressiveUMM
-from umm_kit.models.flowmatching import FlowUMM
-from umm_kit.models.masked import MaskedUMM
-
 families = {kind.__name__: kind.tiny(list(vocabulary_corpus())) for kind in (MaskedUMM, AutoregressiveUMM, FlowUMM)}
 families |= {f"{kind} (real class)": random_model(kind, SEED) for kind in ("janus", "emu3", "liquid")}
 reports = {name: uk.check_model(model, batch) for name, model in families.items()}
 display(pd.Series({name: report.tier for name, report in reports.items()}, name="tier").to_frame())
-diagnosable = sum("diagnosable" in report.tier for report in reports.values())
-uk.expect(diagnosable, 6, claim="families that can be diagnosed, of six")
+uk.expect(sum("diagnosable" in r.tier for r in reports.values()), 6, claim="families that can be diagnosed, of six")
 print({name: report.missing for name, report in reports.items() if report.missing})
 
 # %% [markdown]

@@ -26,6 +26,7 @@ from umm_kit.models.omni import Block, OmniUMM
 from umm_kit.models.own import OwnUMMConfig, drawn_by
 
 LOWEST = 0.02  # level of noise: below it the target is all noise that no model can see
+SHIFT = 2.0  # levels are 2 u / (1 + u) of even draws u: what stands where is settled at high ones, as in Stable Diffusion 3
 
 
 class FlowUMMConfig(OwnUMMConfig):
@@ -93,10 +94,11 @@ class FlowUMM(Draws, OmniUMM):
         return (1 - levels[..., None]) * codes + levels[..., None] * noise, levels
 
     def _drawn_from(self, n: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """A level [n] in (LOWEST, 1], and noise [n, N, c]: from one generator, or one for each example; on the CPU."""
+        """A level [n] in (LOWEST, 1], drawn by ``SHIFT``, and noise [n, N, c]: of one generator or one per example; on the CPU."""
         shape = (self.num_image_tokens, self.image_tokenizer.config.latent_channels)
         rows = [generators[k % len(generators)] for k in range(n)]
-        level = torch.stack([1 - (1 - LOWEST) * torch.rand((), generator=g) for g in rows])
+        u = torch.stack([1 - torch.rand((), generator=g) for g in rows])
+        level = LOWEST + (1 - LOWEST) * SHIFT * u / (1 + (SHIFT - 1) * u)
         return level.to(self.device), torch.stack([torch.randn(shape, generator=g) for g in rows]).to(self.device)
 
     def _velocity(
@@ -185,7 +187,7 @@ class FlowUMM(Draws, OmniUMM):
         shape = (len(texts), self.num_image_tokens, self.image_tokenizer.config.latent_channels)
         noise = torch.randn(shape, generator=generator).to(self.device) * decoding.temperature
         known = torch.zeros_like(noise) if images is None else self.image_tokenizer.encode(images.to(self.device)).float()
-        scheduler: Any = FlowMatchEulerDiscreteScheduler()
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
         scheduler.set_timesteps(sigmas=[1 - k / decoding.steps for k in range(decoding.steps)], device=self.device)
         x = torch.where(hidden[..., None], noise, known)
         for k, step in enumerate(scheduler.timesteps):
@@ -209,7 +211,7 @@ class FlowUMM(Draws, OmniUMM):
         """Surrogate of a log-likelihood [B], with gradient (higher = more likely): minus half the squared error of the velocity,
         summed over tokens and channels, its mean over ``draws`` of level and noise.
 
-        With levels drawn evenly it is a reweighted bound and no likelihood (Diffusion-DPO's surrogate); two images, or two
+        With levels as drawn in training it is a reweighted bound and no likelihood (Diffusion-DPO's surrogate); two images, or two
         models, are to be compared under one generator's draws. ``masks`` change nothing.
         """
         if (images is None) == (codes is None):

@@ -15,7 +15,11 @@ from umm_kit.models.tokenizers import check_sizes, reconstruction_loss
 
 
 class LatentTokenizerConfig(PretrainedConfig):
-    """Sizes of a :class:`LatentTokenizer`; an image has (image_size / patch_size)^2 latents of ``latent_channels`` numbers."""
+    """Sizes of a :class:`LatentTokenizer`; an image has (image_size / patch_size)^2 latents of ``latent_channels`` numbers.
+
+    ``noise``: deviation of what is added to the latents in training, in units of their own. Pictures then bear the small
+    errors of a model that draws latents, which they do not if each latent may carry detail to its last digit.
+    """
 
     model_type = "umm_latent_tokenizer"
 
@@ -26,6 +30,7 @@ class LatentTokenizerConfig(PretrainedConfig):
         channels: int = 48,
         depth: int = 2,
         latent_channels: int = 8,
+        noise: float = 0.5,
         **kwargs: Any,
     ):
         check_sizes(image_size=image_size, patch_size=patch_size, channels=channels, num_layers=depth)
@@ -33,7 +38,7 @@ class LatentTokenizerConfig(PretrainedConfig):
         if patch_size & (patch_size - 1) or image_size % patch_size:
             raise ValueError(f"patch_size is {patch_size}; expected a power of 2 that divides image_size {image_size}")
         self.image_size, self.patch_size, self.channels, self.depth = image_size, patch_size, channels, depth
-        self.latent_channels = latent_channels
+        self.latent_channels, self.noise = latent_channels, noise
         super().__init__(**kwargs)
 
 
@@ -100,6 +105,9 @@ class LatentTokenizer(PreTrainedModel):
         return self.decode(self.encode(images))
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, " ..."]]:
-        """:func:`reconstruction_loss`, as of the tokenizer with codes."""
-        output = self.autoencoder.decode(self.autoencoder.encode(images * 2 - 1).latents).sample / 2 + 0.5
+        """:func:`reconstruction_loss`, as of the tokenizer with codes; in training, of latents with noise."""
+        z = self.autoencoder.encode(images * 2 - 1).latents
+        if self.training:
+            z = z + self.config.noise * z.std((0, 2, 3), keepdim=True) * torch.randn_like(z)
+        output = self.autoencoder.decode(z).sample / 2 + 0.5
         return {"loss": reconstruction_loss(output, images), "reconstructions": output}
