@@ -11,6 +11,7 @@ import umm_kit as uk
 from umm_kit.models.base import Decoding
 from umm_kit.models.flowmatching import LOWEST, FlowUMM
 from umm_kit.models.latents import LatentTokenizer, LatentTokenizerConfig
+from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig
 from umm_kit.trainers.diva import DIVAConfig, DIVATrainer
 from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer
 from umm_kit.trainers.pretrain import FlowConfig, train
@@ -156,6 +157,22 @@ def test_it_is_trained_saved_and_loaded(tmp_path):
     assert type(again) is FlowUMM and torch.equal(*losses)
     with pytest.raises(ValueError, match=r"holds a umm_latent_tokenizer; .* without --latent"):
         train(uk.PretrainConfig.tiny(output_dir=str(tmp_path / "other"), image_tokenizer=str(tokenizer), **common))
+
+
+def test_a_decoder_is_trained_further_and_latents_stay(tmp_path, batch):
+    common = dict(disable_tqdm=True, use_cpu=True, logging_steps=1, bf16=False, per_device_train_batch_size=8, warmup_steps=0)
+    common |= dict(channels=16, depth=2, max_steps=2)
+    first = train_tokenizer(TokenizerConfig(output_dir=str(tmp_path / "first"), latent=True, **common))
+    settings = dict(output_dir=str(tmp_path / "second"), decoder_of=str(tmp_path / "first"), **common)
+    second = train_tokenizer(TokenizerConfig(**settings))
+    assert torch.equal(first.encode(batch["images"]), second.encode(batch["images"]))
+    z = first.encode(batch["images"])
+    assert not torch.equal(first.decode(z), second.decode(z))
+    with pytest.raises(ValueError, match=r"no image tokenizer in .*nowhere"):
+        train_tokenizer(TokenizerConfig(**{**settings, "decoder_of": str(tmp_path / "nowhere")}))
+    ImageTokenizer(ImageTokenizerConfig(channels=16, depth=1)).save_pretrained(tmp_path / "codes")
+    with pytest.raises(ValueError, match=r"holds a umm_image_tokenizer; expected an image tokenizer with --latent"):
+        train_tokenizer(TokenizerConfig(**{**settings, "decoder_of": str(tmp_path / "codes")}))
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -88,22 +87,17 @@ def scene_inpainting(exam: Examiner, data: Shapes) -> None:
     exam.chance["inpainting_objects"] = majority([(o.shape, o.colour, o.size) for o in hidden])
 
 
-@lru_cache(maxsize=1)
-def digit_classifier() -> Any:
-    """A support vector machine trained on the training scans alone; it has never seen a model's picture."""
+def digit_prompts(exam: Examiner, data: Digits) -> None:
+    """generation_digit: drawn digits that a classifier recognises; generation_digit_ceiling: the same on real test scans."""
     from sklearn.svm import SVC
 
-    scans = Digits("train")
-    return SVC(gamma=0.001).fit(to_scan(scans.pixels).flatten(1).numpy(), scans.digits)
-
-
-def digit_prompts(exam: Examiner, data: Digits) -> None:
-    """generation_digit: drawn digits that the classifier recognises; generation_digit_ceiling: the same on real test scans."""
-    n, test = len(exam.rows(data)), Digits("test")
+    n, train, test = len(exam.rows(data)), Digits("train"), Digits("test")
+    # a support vector machine trained on the training scans alone: it has never seen a model's picture
+    classifier = SVC(gamma=0.001).fit(to_scan(train.pixels).flatten(1).numpy(), train.digits)
     drawn = exam.generate(data.texts[:n], data.ids[:n], "digits")
     exam.chance["generation_digit"] = majority(data.digits[:n].tolist())
     for metric, scans, pixels in (("generation_digit", data, drawn), ("generation_digit_ceiling", test, test.pixels)):
-        seen = digit_classifier().predict(to_scan(pixels).flatten(1).numpy())
+        seen = classifier.predict(to_scan(pixels).flatten(1).numpy())
         for key, digit, said in zip(scans.ids, scans.digits, seen, strict=False):
             exam.add(metric, key, float(said == digit))
     exam.notes.append(f"generation_digit_ceiling: the classifier on {len(test)} real test scans; no drawing can be held to more")

@@ -113,12 +113,6 @@ def plant(preset: Preset, seed: int) -> tuple[Planted, dict[str, Tensor]]:
     return planted, {flow: words(sources["shared"], sources[OWN[flow]], *how) for flow in FLOWS}
 
 
-def rows_of(planted: Planted, rows: slice) -> Planted:
-    """Some of the rows."""
-    flows, factors, sources = ({k: v[rows] for k, v in d.items()} for d in (planted.flows, planted.factors, planted.sources))
-    return Planted(flows, factors, planted.kinds, sources)
-
-
 def factorize(planted: Planted, said: Mapping[str, Tensor], arm: Arm, preset: Preset, seed: int) -> FactorEncoders:
     """Encoders trained on the first ``steps * batch`` rows, shared factors alone at first, then unique ones with them."""
     size, steps = preset.factor_size, preset.steps
@@ -193,7 +187,9 @@ def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int
     for name, seed in mine(wanted, part, lambda run: title(*run) in ledger.records()):
         planted, said = plant(preset, seed)
         encoders = factorize(planted, said, ARMS[name], preset, seed)
-        found = score(encoders, rows_of(planted, slice(-preset.held_out, None)), preset.permutations, seed).round(4)
+        last = ({k: v[-preset.held_out :] for k, v in d.items()} for d in (planted.flows, planted.factors, planted.sources))
+        flows, factors, sources = last
+        found = score(encoders, Planted(flows, factors, planted.kinds, sources), preset.permutations, seed).round(4)
         content = {"arm": name, "seed": seed, "settings": {"preset": asdict(preset), "arm": asdict(ARMS[name])}}
         ledger.add(title(name, seed), {**content, "rows": found.to_dict("split", index=False)})
     return summary(frame_of(ledger.records()))

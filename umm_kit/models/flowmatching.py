@@ -76,9 +76,9 @@ class FlowUMM(Draws, OmniUMM):
 
     def _at(self, x: Float[Tensor, "B N c"], level: Float[Tensor, "B N"]) -> Float[Tensor, "B N d"]:
         """Latents under noise of a level, their place, and the level as sines and cosines of it."""
-        half = self.hidden_size // 2
+        half = (self.hidden_size + 1) // 2
         waves = 1000 * level[..., None] * torch.exp(-torch.arange(half, device=x.device) / half * 9.21)  # down to 1 / 10,000
-        told = torch.cat([waves.sin(), waves.cos(), torch.zeros_like(waves[..., : self.hidden_size - 2 * half])], -1)
+        told = torch.cat([waves.sin(), waves.cos()], -1)[..., : self.hidden_size]
         return self.latent_embedding(x.to(self.dtype)) + self.level_embedding(told.to(self.dtype)) + self._place()
 
     def _embed_image(self, codes: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class FlowUMM(Draws, OmniUMM):
         return (1 - levels[..., None]) * codes + levels[..., None] * noise, levels
 
     def _drawn_from(self, n: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """A level [n] in (LOWEST, 1], drawn by ``SHIFT``, and noise [n, N, c]: of one generator or one per example; on the CPU."""
+        """A level [n] in (LOWEST, 1], drawn by ``SHIFT``, and noise [n, N, c], on the CPU: of one generator, or one each."""
         shape = (self.num_image_tokens, self.image_tokenizer.config.latent_channels)
         rows = [generators[k % len(generators)] for k in range(n)]
         u = torch.stack([1 - torch.rand((), generator=g) for g in rows])
@@ -211,7 +211,7 @@ class FlowUMM(Draws, OmniUMM):
         """Surrogate of a log-likelihood [B], with gradient (higher = more likely): minus half the squared error of the velocity,
         summed over tokens and channels, its mean over ``draws`` of level and noise.
 
-        With levels as drawn in training it is a reweighted bound and no likelihood (Diffusion-DPO's surrogate); two images, or two
+        With levels as in training it is a reweighted bound and no likelihood (Diffusion-DPO's surrogate); two images, or two
         models, are to be compared under one generator's draws. ``masks`` change nothing.
         """
         if (images is None) == (codes is None):
@@ -220,8 +220,7 @@ class FlowUMM(Draws, OmniUMM):
         ids, own = self.pack_captions(texts).to(self.device), generator or torch.Generator().manual_seed(0)
         all_hidden, terms = torch.ones(codes.shape[:2], dtype=torch.bool, device=codes.device), []
         for _ in range(draws):
-            level, noise = self._drawn_from(1, [own])  # the same for every image
-            level, noise = level.expand(len(codes)), noise.expand_as(codes)
+            level, noise = (x.expand(len(codes), *x.shape[1:]) for x in self._drawn_from(1, [own]))  # the same for every image
             v = self._velocity(*self._noisy(codes, all_hidden, level, noise), ids)[0].float()
             terms.append(-(v - (noise - codes)).square().sum((1, 2)) / 2)
         return torch.stack(terms).mean(0)

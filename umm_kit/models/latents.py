@@ -17,8 +17,7 @@ from umm_kit.models.tokenizers import check_sizes, reconstruction_loss
 class LatentTokenizerConfig(PretrainedConfig):
     """Sizes of a :class:`LatentTokenizer`; an image has (image_size / patch_size)^2 latents of ``latent_channels`` numbers.
 
-    ``noise``: deviation of what is added to the latents in training, in units of their own. Pictures then bear the small
-    errors of a model that draws latents, which they do not if each latent may carry detail to its last digit.
+    ``noise`` is added to latents in training, in units of their deviation: pictures then bear the errors of a model that draws.
     """
 
     model_type = "umm_latent_tokenizer"

@@ -20,13 +20,12 @@ from umm_kit.data.shapes import ONE_FLOW, Nuisance, shows_any
 from umm_kit.models.autoregressive import AutoregressiveUMM, AutoregressiveUMMConfig
 from umm_kit.models.base import MASK_RATIO
 from umm_kit.models.flowmatching import FlowUMM, FlowUMMConfig
-from umm_kit.models.latents import LatentTokenizer
 from umm_kit.models.masked import MaskedUMM, MaskedUMMConfig
 from umm_kit.models.own import DESCRIBE, IGNORE, OwnUMM
-from umm_kit.models.tokenizers import ImageTokenizer, train_text_tokenizer
+from umm_kit.models.tokenizers import train_text_tokenizer
 from umm_kit.records import write_json
 from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, run_record, world_mean
-from umm_kit.trainers.tokenizer import TokenizerConfig
+from umm_kit.trainers.tokenizer import TokenizerConfig, trained_tokenizer
 from umm_kit.trainers.tokenizer import train as train_tokenizer
 
 #: Text widths are padded to multiples of this: kernels are made anew for every new shape, and kept, so few shapes are fast
@@ -132,13 +131,11 @@ class AutoregressiveConfig(PretrainConfig):
 
 
 @dataclass
-class FlowConfig(PretrainConfig):
-    """:class:`PretrainConfig` of the third family: pictures are mostly drawn whole; its image tokenizer makes vectors."""
+class FlowConfig(AutoregressiveConfig):
+    """:class:`PretrainConfig` of the third family: pictures are mostly drawn whole, too; its image tokenizer makes vectors."""
 
     output_dir: str | None = "runs/flow"
     family: str = "flow"
-    full_mask: float = 0.75
-    mask_schedule: str = "flow"
     separate_encoder: bool = HfArg(default=False, help="Understanding sees by an encoder of its own.")
 
 
@@ -237,16 +234,7 @@ def new_model(config: PretrainConfig, data: Any) -> OwnUMM:
     if not config.image_tokenizer and not (folder / "config.json").exists():
         train_tokenizer(TokenizerConfig(output_dir=str(folder), data=config.data, seed=config.seed, resume=True, latent=latent))
         set_seed(config.seed)  # the model is the same whether its tokenizer was there or not
-    if not (folder / "config.json").exists():
-        raise ValueError(f"no image tokenizer in {folder}; train one with 'umm-kit train tokenizer --output_dir {folder}'")
-    made = json.loads((folder / "config.json").read_text())["model_type"]
-    if latent != (made == LatentTokenizer.config_class.model_type):
-        raise ValueError(
-            f"{folder} holds a {made}; the family {config.family} takes one {'with' if latent else 'without'} --latent"
-        )
-    tokenizer: Any = (LatentTokenizer if latent else ImageTokenizer).from_pretrained(
-        folder, use_safetensors=True, local_files_only=True
-    )
+    tokenizer = trained_tokenizer(folder, latent)
     words = train_text_tokenizer(vocabulary_corpus() if config.data == "shapes" else corpus(data))
     sizes: dict[str, Any] = dict(hidden_size=config.hidden_size, num_layers=config.num_layers, num_heads=config.num_heads)
     sizes |= {"separate_encoder": config.separate_encoder} if isinstance(config, FlowConfig) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,6 +27,7 @@ class TokenizerConfig(UMMArguments):
     data: str = HfArg(default="shapes", help="'shapes', 'digits' or an image-text folder.")
     levels: list[int] = HfArg(default_factory=lambda: [8, 8, 8, 5], help="FSQ levels; the codebook has their product.")
     latent: bool = HfArg(default=False, help="Codes are vectors, of the flow family, and not numbers.")
+    decoder_of: str = HfArg(default="", help="Folder of a latent tokenizer: its decoder is trained further, its latents stay.")
     channels: int = 96
     depth: int = 5
     max_steps: int = 4000
@@ -65,6 +67,16 @@ def images_only(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     return {"images": torch.stack([item["images"] for item in items])}
 
 
+def trained_tokenizer(folder: Path, latent: bool) -> Any:
+    """The image tokenizer in a folder; one of the other kind is refused."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"no image tokenizer in {folder}; train one with 'umm-kit train tokenizer --output_dir {folder}'")
+    kind: Any = LatentTokenizer if latent else ImageTokenizer
+    if (made := json.loads((folder / "config.json").read_text())["model_type"]) != kind.config_class.model_type:
+        raise ValueError(f"{folder} holds a {made}; expected an image tokenizer {'with' if latent else 'without'} --latent")
+    return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+
+
 def train(config: TokenizerConfig) -> Any:
     """Train an image tokenizer and save it, with its run record, to ``config.output_dir``."""
     from umm_kit.data import open_data
@@ -72,21 +84,23 @@ def train(config: TokenizerConfig) -> Any:
     set_seed(config.seed)
     data = TextureMix(config.seed) if config.data == "shapes" else open_data(config.data, "train", seed=config.seed)
     length = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-    model: Any = (
-        LatentTokenizer(LatentTokenizerConfig(channels=config.channels // 2, depth=config.depth // 2))
-        if config.latent
-        else ImageTokenizer(ImageTokenizerConfig(channels=config.channels, depth=config.depth, levels=tuple(config.levels)))
-    )
+    if config.decoder_of:
+        model: Any = trained_tokenizer(Path(config.decoder_of), latent=True)
+        model.autoencoder.encoder.requires_grad_(False)
+    elif config.latent:
+        model = LatentTokenizer(LatentTokenizerConfig(channels=config.channels // 2, depth=config.depth // 2))
+    else:
+        model = ImageTokenizer(ImageTokenizerConfig(channels=config.channels, depth=config.depth, levels=tuple(config.levels)))
     trainer = UMMTrainer(model, config, train_dataset=Stream(data, length, config.seed), data_collator=images_only)
     trainer.fit()
     held_out = open_data(config.data, "validation", n=256, seed=config.seed)
     images = torch.stack([item["images"] for item in held_out.__getitems__(range(len(held_out)))])
     model.eval()
-    if config.latent:
+    if config.latent and not config.decoder_of:
         model.standardise(images)
     error = (model.reconstruct(images) - images).square().mean()
     scores = {"psnr_db": float(-10 * torch.log10(error)), "n": len(images)}
-    if not config.latent:
+    if isinstance(model, ImageTokenizer):
         use = codebook_use(model.encode(images), model.codebook_size)
         scores |= {"codes_used": use.used, "codes": use.size, "perplexity": use.perplexity}
     if trainer.is_world_process_zero():
