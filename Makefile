@@ -21,7 +21,7 @@ lab: .venv  ## read and run the notebooks
 notebooks: .venv  ## run notebooks/source/*.py and refresh the committed notebooks with their outputs
 	$(BIN)/umm-kit notebooks
 
-figures: .venv  ## redraw figures/ from the numbers in figures/data
+figures: .venv  ## redraw figures/ from recorded numbers
 	$(BIN)/umm-kit figures
 
 benchmarks: .venv  ## timed comparisons

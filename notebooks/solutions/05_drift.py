@@ -20,9 +20,9 @@ options = {"cycles": cycles, "decoding": uk.Decoding(steps=8), "layers": (), "ke
 found = uk.drift(model, data, **options)
 
 # %% [markdown]
-# **1.** S(k) = S(1)^k would give a half-life of log 2 / -log S(1). It is far too short: the first cycle loses all that captions
-# leave out (places), at once and only once. What is left after that decays more slowly. A rate needs the whole curve, and a
-# test that the curve is exponential at all.
+# **1.** S(k) = S(1)^k would give a half-life of log 2 / -log S(1). It is far too short: the first cycle loses most of what
+# captions leave out (places), which later cycles cannot lose again. What is left after that decays more slowly. A rate needs
+# the whole curve, and a test that the curve is exponential at all.
 
 # %%
 S = found.survival().value

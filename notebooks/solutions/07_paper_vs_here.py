@@ -51,8 +51,8 @@ uk.expect(float(nine["DIVA"]), 0.608, 0.001, claim="mean of the six categories, 
 
 # %% [markdown]
 # **3.** In understanding, yes: DIVA's published gain over fine-tuning, in shares of POPE's questions, is ten times what the
-# design could see. In generation it is a little more than that, so that a gain of the published size would probably have been
-# seen, and one of half that size not.
+# design could see. In generation it is about twice that, so that a gain of the published size would almost surely have
+# been seen, and one of half that size about four times in five.
 
 # %%
 records = Ledger(Path(uk.__file__).parents[1] / "experiments/diva.jsonl").records()

@@ -418,7 +418,7 @@ uk.expect(beyond, low=0.95, n=beyond.n, claim="noise is more foreign than any of
 # well, and has no words for it. The score warns in one direction only: far to the right is foreign; on the left anything may
 # stand.
 #
-# **Published value.** None. Training on your own folder is shown in notebook 06 (to come); until then, `umm-kit train --help`.
+# **Published value.** None. Training on your own folder: notebook 06, section 6.
 
 # %% [markdown]
 # ## 10. How good is it, in numbers?

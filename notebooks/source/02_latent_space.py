@@ -271,10 +271,10 @@ uk.expect(count.score, low=0.5, interval=(count.low, count.high), n=n, claim="un
 # ## 5. Do near-duplicates stay together, in both flows? (DIVA Fig. 5)
 #
 # DIVA draws ten anchors, each in four near-duplicates, by t-SNE, and the states of one anchor lie together, across flows too.
-# But it draws the *shared factors* of trained encoders. This model has none (notebook 03, to come), so the maps below are of the
-# raw states that such factors are made from. Variants differ in the colour of one object. Each picture also has its own grey,
-# gradient, brightness, jitter and texture; they vary among the variants on the left, and are switched off on the other maps.
-# Circles are understanding, triangles generation; each flow's own mean is taken off.
+# But it draws the *shared factors* of trained encoders. This model has none (notebook 03 trains some), so the maps below are of
+# the raw states that such factors are made from. Variants differ in the colour of one object. Each picture also has its own
+# grey, gradient, brightness, jitter and texture; they vary among the variants on the left, and are switched off on the other
+# maps. Circles are understanding, triangles generation; each flow's own mean is taken off.
 #
 # **Write down what you expect.** Will the four circles of an anchor lie together? The four triangles? On which map?
 

@@ -435,13 +435,13 @@ uk.expect(int(losses.n.min()), low=512, claim="scenes behind each comparison", n
 # (section 3); that DIVA beats training on for as long (section 4, where the paper's order of base, fine-tuning and DIVA is
 # judged line by line); the split (section 5): whoever reads the unique half finds shared facts in it. The trials point at one
 # term, the penalty on unique factors. An account that fits all of this, and was not tested by itself: encoders that were
-# warmed up as printed keep shared facts in their unique half, where critics find about a nat;
+# warmed up as printed keep shared facts in their unique half, where critics find 1.5 nats after these trials;
 # the encoders being frozen, the penalty can be lowered only by changing the backbone's states. Encoders that were aligned
 # before take most of the harm away, and none of these trials gains.
 #
-# **Limits.** Models of 0.4 million parameters, a world of one to four objects, pooled states, 300 steps where the paper has
-# 14,000; three base models, outside the headroom that the rule asks for, with three of four training seeds so far; ablations
-# from single trials. What a large model would do, nothing here can say.
+# **Limits.** Models of 0.4 million trained parameters, a world of one to four objects, pooled states, 300 steps where the paper
+# has 14,000; three base models, outside the headroom that the rule asks for, with three of four training seeds so far;
+# ablations from single trials. What a large model would do, nothing here can say.
 
 # %% [markdown]
 # ## Exercises (answers: `solutions/03_factorization.py`)

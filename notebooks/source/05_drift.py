@@ -279,10 +279,11 @@ plots.image_grid(torch.stack(way[::2]), notes=[*way[1::2], ""], size=2.0)
 # %% [markdown]
 # ## 7. Does training keep more of it?
 #
-# LatentUMM says so (notebook 04 takes its losses apart). Here its stage 2, as corrected, against plain fine-tuning with adapters
-# of the same rank and as much processor time, from the same three models. They are narrow (`tiny-tight-0`, -1, -2) and draw
-# badly, so that much is lost and there is much to gain. The learning rate of each arm is the best of four on validation
-# items, by survival alone; both abilities are measured beside it, for whoever says or draws less may drift less.
+# LatentUMM says so (notebook 04 takes its losses apart). Here its stage 2, as corrected, against plain fine-tuning with
+# adapters of the same rank and as much processor time, from the same three models. They are narrow (`tiny-tight-0`, -1, -2) and
+# draw badly, so that much is lost and there is much to gain. The learning rates of fine-tuning and LatentUMM are the best of
+# four on validation items, by survival alone, and DPO alone takes LatentUMM's (the highest tried); both abilities are measured
+# beside it, for whoever says or draws less may drift less.
 #
 # **Write down what you expect.** Which will survival tell from the base: fine-tuning, LatentUMM, both? At what price?
 
@@ -304,11 +305,11 @@ uk.expect(bool(gain.sft_low["survival"] > 0), False, n=288, claim="LatentUMM is 
 uk.expect(gain.sft_high["generation"], high=0, n=2052, claim="it draws fewer prompts right (upper end of the interval)")
 
 # %% [markdown]
-# **What you should see.** Nothing keeps more: survival of every arm is undecided, against the base and against fine-tuning,
-# and the design could have told a gain of about .045 (*detectable*). But there is a price: LatentUMM draws eight points fewer
-# prompts right than fine-tuning, and DPO alone seven: the preference is the part to look at. By its own lights it succeeds:
-# in all six runs a frozen copy of the model finds the prompts more easily in the drawings of the second round than of the
-# first, by .2 to .33 nats per word (`rollout_mean_by_round` in the records). An oracle does not. A model that is its own
+# **What you should see.** Nothing is shown to keep more: survival of every arm is undecided, against the base and against
+# fine-tuning, and the design could have told a gain of about .045 (*detectable*). But there is a price: LatentUMM draws eight
+# points fewer prompts right than fine-tuning, and DPO alone seven: the preference is the part to look at. By its own lights it
+# succeeds: in all six runs a frozen copy of the model finds the prompts more easily in the drawings of the second round than of
+# the first, by .2 to .33 nats per word (`rollout_mean_by_round` in the records). An oracle does not. A model that is its own
 # judge may learn what its judge likes; and DPO moves chosen and rejected apart while *both* become less likely
 # (`chosen_shift`).
 #
