@@ -1,7 +1,9 @@
 """Going around the cycle: what is kept of every half-step, in which order, with which draws."""
 
+import numpy as np
 import pytest
 import torch
+from families import FAMILIES, small
 
 from umm_kit.data.language import caption
 from umm_kit.data.oracle import Oracle
@@ -81,6 +83,21 @@ def test_latents_are_the_pooled_states_of_the_flow_that_has_the_content_as_input
     read = tiny.understanding_flow(batch | {"texts": ["a circle"] * 4}).hidden_states[3].mean(1)
     assert trace.latents[3][1, :4] == pytest.approx(read.detach().numpy(), abs=1e-5)  # whatever caption it is asked for
     assert trace.teacher.shape == (3, 6, 3) and trace.teacher[0, :, 0].tolist() == [len(t) for t in trace.texts[0]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_latents_of_a_text_know_nothing_of_the_origin(family):
+    """One text after two origins: a model without memory must look like one, by cosine and by retrieval."""
+    model = small(family).eval()
+    data = Shapes("test", n=4, image_size=model.image_size)
+    around, texts = Cycles(model, Scribe(), Scribe(), layers=[1, 2]), ["a red circle", "two blue squares"]
+    starts = [
+        {"ids": ids, "texts": ["a ring"] * 2, "images": data.images(rows)} for ids, rows in (("ab", [0, 1]), ("cd", [2, 3]))
+    ]
+    with torch.no_grad():
+        first, second = (around.latents(texts, origin) for origin in starts)
+    for layer in (1, 2):
+        assert first[layer] == pytest.approx(second[layer], abs=1e-5) and not np.allclose(first[layer][0], first[layer][1])
 
 
 def test_without_an_oracle_only_silence_is_lost():

@@ -21,6 +21,7 @@ from umm_kit.data.shapes import Shapes
 from umm_kit.evaluation.facts import KEPT, Content, FactTable, said, seen
 from umm_kit.evaluation.understanding import items_of
 from umm_kit.models.base import Decoding, as_layers, check_images, evaluating
+from umm_kit.models.masked import MaskedUMM
 from umm_kit.models.teachers import Teacher
 
 STARTS = ("text", "image")
@@ -81,10 +82,14 @@ class Cycles:
         """Layer -> [n, d], the mean over image tokens of the flow that has this content as its input.
 
         For an image that is understanding. For a text it is generation with every image token hidden: the states that drawing
-        starts from, which know the text and nothing else. Captions and images of ``origin`` fill the batch; neither is seen.
+        starts from, which know the text and nothing else. Other families than the masked one would see the image, or noise: there
+        it is the mean over the text's own tokens. What ``origin`` fills the batch with is not seen.
         """
         if not self.layers:
             return {}
+        if isinstance(shown, list) and hasattr(self.model, "text_states") and not isinstance(self.model, MaskedUMM):
+            states = self.model.text_states(shown, self.layers)
+            return {layer: _finite(h.float(), f"states of layer {layer}") for layer, h in states.items()}
         if isinstance(shown, list):
             rows, columns = self.model.grid
             mask = torch.ones(len(shown), rows * columns, dtype=torch.bool)
