@@ -329,7 +329,8 @@ uk.expect(gain.sft_high["generation"], high=0, n=2052, claim="it draws fewer pro
 # Whether reader or writer forgets more cannot be told from so few items.
 #
 # **Limits.** One model, one world of one to four objects, a quarter of the usual drawing rounds. Facts are what captions say:
-# what a caption never says (texture, grey) is not followed. Section 7 has one training seed, and narrow models.
+# what a caption never says (texture, grey) is not followed. Section 7 has one training seed, narrow models, and
+# the same 1,024 training scenes for every arm.
 
 # %% [markdown]
 # ## Exercises (answers: `solutions/05_drift.py`)
