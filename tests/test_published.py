@@ -9,10 +9,10 @@ from umm_kit import published
 def test_every_value_has_a_source_and_no_twin(name):
     table = published.load(name)
     assert table.notna().all().all() and table.value.dtype == float
-    assert table.source.str.fullmatch(r"DIVA (Fig\.|Table) \d+").all()
+    assert table.source.str.fullmatch(r"DIVA (Fig\. \d+|Table \d+|Tables 7 and 8|App\. B\.2)").all()
     keys = [c for c in table.columns if c not in ("value", "uncertainty", "source", "how")]
     assert not table.duplicated(keys).any()
-    with pytest.raises(ValueError, match=r"'fig3'; there are diva_fig2, diva_tables"):
+    with pytest.raises(ValueError, match=r"'fig3'; there are diva_fig2, diva_settings, diva_tables"):
         published.load("fig3")
 
 
@@ -33,6 +33,13 @@ def test_tables_name_themselves():
     assert (table.source == "DIVA Table " + table.table.astype(str)).all()
     base = table[(table.table == 1) & (table.config == "base")]
     assert base.groupby("model").size().to_dict() == {"Liquid": 8, "Nexus-Gen": 8, "Show-o": 8}
+
+
+def test_settings_are_of_three_models_and_two_stages():
+    table = published.load("diva_settings")
+    wide = table.query("stage != 'both'").pivot(index=["stage", "model"], columns="setting", values="value")
+    assert len(wide) == 6 and wide.notna().all().all() and (wide.per_device_train_batch_size == 6).all()
+    assert (wide.max_steps > wide.warmup_steps).all() and wide.learning_rate["2", "Show-o"] == 3e-5
 
 
 def cell(table, model, config, metric="GenEval"):
