@@ -50,9 +50,9 @@ uk.expect(float(nine["base"]), 0.537, 0.001, claim="mean of the six categories, 
 uk.expect(float(nine["DIVA"]), 0.608, 0.001, claim="mean of the six categories, DIVA", paper=".64 (Table 1), .75 (Table 2)")
 
 # %% [markdown]
-# **3.** In understanding, yes: DIVA's published gain over fine-tuning, in shares of POPE's questions, is ten times what the
-# design could see. In generation it is about twice that, so that a gain of the published size would almost surely have
-# been seen, and one of half that size about four times in five.
+# **3.** In understanding, yes: DIVA's published gain over fine-tuning, in shares of POPE's questions, is almost nine times
+# what the design could see. In generation it is about what the design could see in four cases of five, so that a gain of the
+# published size would probably have been seen, and one of half that size not.
 
 # %%
 records = Ledger(Path(uk.__file__).parents[1] / "experiments/diva.jsonl").records()

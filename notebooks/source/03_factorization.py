@@ -300,10 +300,12 @@ uk.expect(gain["understanding_loss"], high=0, n=2048, claim="nor is its loss low
 # **What you should see.** A row per arm that was compared, the zero line being the better fine-tuning; right of it is better,
 # of losses too. Training on helps drawing's loss, and carries knowledge across: compositions that only *one* task was ever
 # shown are read and drawn better by the other (the last two panels; the base stands left of the line). DIVA, at the lowest of
-# its four rates, which was its best on validation items, *raises* both losses, understands half a point less, and carries less
-# across to reading; whether it draws better or worse these three base models cannot say: one gains with every seed, one loses
-# with every seed, one with two of three. At higher rates it does more harm (below). In the table, *detectable* is what the
-# design could have told from zero; fine-tuning took about a tenth more processor time than DIVA in these runs.
+# its four rates, which was its best on validation items, *raises* both losses and understands half a point less; whether it
+# draws better or worse, and carries more or less across, these three base models cannot say: in drawing one gains with every
+# seed, one loses with every seed, one with two of three. (Each end of an interval is the wider of a bootstrap's and of
+# Student's t over the three base models: a bootstrap of three is too sure.) At higher rates it does more harm (below). In the
+# table, *detectable* is what the design could have told from zero; fine-tuning took about a tenth more processor time than DIVA
+# in these runs.
 #
 # **If you see something else.** Records are data: these figures are the same on every machine. `umm-kit reproduce diva`
 # trains and judges whatever has no record; delete a line to see its model trained anew.

@@ -24,6 +24,7 @@ import io
 import logging
 import tempfile
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import matplotlib.style
 import pandas as pd
@@ -108,8 +109,6 @@ for name, both in pairs.items():
     reading = collapse(*both).as_dict()
     rows[name] = {"retrieval": retrieval(*both, facts)} | {measure: reading[measure] for measure in kept}
 display(pd.DataFrame(rows).T.style.format(precision=3))
-
-# %%
 own, taught = (rows[name]["retrieval"] for name in pairs)
 uk.expect(taught - own, low=0.3, n=n, claim="the teacher finds partners that the model's states do not")
 if PRESET == "full":
@@ -291,8 +290,7 @@ plots.training(log)
 # **Published value.** None. Here `PreferenceTrainer` offers what the term is named for: whole drawings of the *backbone*,
 # ranked by a frozen reader, best and worst as chosen and rejected of DPO, with the chosen one's likelihood logged, which may
 # fall, too.
-
-# %% [markdown]
+#
 # ## 4. Does drawing take part?
 #
 # The second alignment, of capacity, wants z → G(z) → z to close. In the released backbone G is one of the small maps beside
@@ -333,6 +331,43 @@ uk.expect(grounds["real drawing"]["image head"], low=1e-9, claim="through the re
 # **Published value.** None.
 
 # %% [markdown]
+# ## 5. And in the backbone? Stage 2, from its run records
+#
+# `umm-kit reproduce latentumm` trains adapters in three narrow models with all corrected terms, with the preference alone, and
+# plainly, for as much processor time (2,048 test scenes, 2,052 prompts, 288 items through eight cycles; one training seed). The
+# preference draws, a frozen copy of the model ranks, DPO moves best and worst apart.
+#
+# **Write down what you expect.** The frozen reader finds the second round's drawings easier than the first's. Does an oracle,
+# too? And the likelihood of the *chosen* drawing: up, or down?
+
+# %%
+from umm_kit import figures
+from umm_kit.experiments import Ledger, latentumm
+
+records = Ledger(Path("../experiments/latentumm.jsonl")).records()
+effects = latentumm.STUDY.effects(records)
+display(figures.arms(effects[effects.metric.isin(["survival", "generation", "understanding"])], against="base"))
+preferred = {name: r for name, r in records.items() if "rollout_mean_by_round" in r}
+rounds = [dict(zip(["round 1", "round 2"], r["rollout_mean_by_round"], strict=True)) for r in preferred.values()]
+shifts = [{k: r["log"][-1][k] for k in ("chosen_shift", "rejected_shift")} for r in preferred.values()]
+told = pd.DataFrame([a | b for a, b in zip(rounds, shifts, strict=True)], index=list(preferred))
+display(told.style.format(precision=2))
+easier = float((told["round 2"] - told["round 1"]).min())
+uk.expect(easier, low=0, n=len(told), claim="by the frozen reader the second round is better, in every run (nats per word)")
+uk.expect(told.chosen_shift.max(), high=0, n=len(told), claim="the chosen drawing becomes less likely, in every run (nats)")
+drawn = effects.set_index(["arm", "metric"]).base_high["dpo", "generation"]
+uk.expect(drawn, high=0, n=2052, claim="by the oracle, preference alone draws fewer prompts right than before")
+
+# %% [markdown]
+# **What you should see.** The judge that trains is content and the oracle is not: rounds score higher, fewer prompts are drawn
+# right, and DPO parts chosen from rejected while *both* become less likely. (Each round draws other prompts, so its rise is not a
+# paired difference.)
+#
+# **If you see something else.** Records are data: the figure is the same on every machine. `umm-kit reproduce latentumm` trains
+# and judges what has no record yet; notebook 05, section 7, has every endpoint beside fine-tuning.
+#
+# **Published value.** None: of LatentUMM the abstract and the release were read, and neither prints one.
+#
 # ## What held, what did not, and what cannot be said
 #
 # **Held, if its ✓ stands above:** sharing weights and width brings no text near its picture; the released stage 1 collapses,
@@ -342,7 +377,7 @@ uk.expect(grounds["real drawing"]["image head"], low=1e-9, claim="through the re
 # **What is measured elsewhere:** whether training a backbone with the corrected terms keeps meaning from drifting: notebook 05,
 # section 7, from the records of `umm-kit reproduce latentumm`. Retrieval by a model's own states is not a goal in itself.
 #
-# **Limits.** One model, one teacher, one seed of each training.
+# **Limits.** One model, one teacher, one seed of each training; section 5: three narrow models, 1,024 training scenes for all.
 
 # %% [markdown]
 # ## Exercises (answers: `solutions/04_alignment.py`)

@@ -306,7 +306,7 @@ uk.expect(gain.sft_high["generation"], high=0, n=2052, claim="it draws fewer pro
 
 # %% [markdown]
 # **What you should see.** Nothing is shown to keep more: survival of every arm is undecided, against the base and against
-# fine-tuning, and the design could have told a gain of about .045 (*detectable*). But there is a price: LatentUMM draws eight
+# fine-tuning, and the design could have told a gain of about .075 (*detectable*). But there is a price: LatentUMM draws eight
 # points fewer prompts right than fine-tuning, and DPO alone seven: the preference is the part to look at. By its own lights it
 # succeeds: in all six runs a frozen copy of the model finds the prompts more easily in the drawings of the second round than of
 # the first, by .2 to .33 nats per word (`rollout_mean_by_round` in the records). An oracle does not. A model that is its own

@@ -20,7 +20,7 @@ def load(name: str) -> pd.DataFrame:
     source, how ("read by eye" off the curves). Panel ``effective_rank_increment_pct`` is in percent, the others are shares;
     ``gradient_conflict`` has no formula in the paper, so no number of ours belongs on its axis.
 
-    ``diva_tables``: table, model, config, metric, value, source, how ("printed"). ``diva_settings``: stage, model, setting, value.
+    ``diva_tables``: table, model, config, metric, value, source, how ("printed"); ``diva_settings``: stage, model, setting ...
 
     Raises:
         ValueError: unknown name.
