@@ -92,8 +92,9 @@ def dpo(
     term as in Pang et al. 2024, without their division by length). The gradient moves log p_w and log p_l apart and can lower
     *both*; alpha holds the chosen up, and ``chosen_shift`` tells.
 
-    Where a family has no likelihood: a bound under the same masks for all four (``MaskedUMM.image_log_prob``), or minus the
-    squared velocity error under the same time and noise for all four (:func:`velocity_score`; Wallace et al. 2024).
+    Where a family has no likelihood: a bound under the same masks for all four (``MaskedUMM.image_log_prob``), or minus half the
+    squared velocity error under the same levels and noise for all four (``FlowUMM.image_log_prob``; Wallace et al. 2024). Levels
+    are drawn with its ``SHIFT``, as in training: that is a reweighted surrogate of the likelihood's bound, and not the bound.
 
     Args:
         chosen, rejected: [B], nats, of the policy, with gradient. reference_*: [B], of the reference.
@@ -118,22 +119,3 @@ def dpo(
     told, nll = -nn.functional.logsigmoid(margin).mean(), -chosen.mean()
     detached = (x.detach() for x in (told, nll, margin, (margin > 0).float().mean(), chosen_shift, rejected_shift))
     return Preference(told + alpha * nll, *detached)
-
-
-def velocity_score(predicted: Float[Tensor, "B ..."], target: Float[Tensor, "B ..."]) -> Float[Tensor, " B"]:
-    """Stands for log-likelihood in :func:`dpo` where a head predicts velocities: minus the squared error, summed over dimensions.
-
-    -|| v(x_t, t) - (x_1 - x_0) ||^2  under one time t in [.02, 1] and one noise, the same for policy and reference, chosen and
-    rejected. With t uniform it is a reweighted surrogate of the likelihood's bound, and not the bound (Wallace et al. 2024).
-    ``FlowUMM.image_log_prob`` is half of it, averaged over draws: there a beta weighs half as much.
-
-    Raises:
-        ValueError: shapes differ.
-
-    Example:
-        >>> velocity_score(torch.ones(2, 3), torch.zeros(2, 3)).tolist()
-        [-3.0, -3.0]
-    """
-    if predicted.shape != target.shape or predicted.ndim < 2:
-        raise ValueError(f"velocities are {tuple(predicted.shape)} and {tuple(target.shape)}; expected two of the same [B, ...]")
-    return -(predicted - target).square().flatten(1).sum(1)
