@@ -58,9 +58,14 @@ class Drift:
     private_code = cached_property(survival.private_code)
 
     def __post_init__(self) -> None:
+        self._narrow = ""  # why there are facts, and no survival
         if self.facts is not None:
             _, floor, ceiling = self.shares(slice(None, None, 2))
-            refuse_narrow(float(ceiling.mean()), floor.mean((0, 2)))
+            try:
+                refuse_narrow(float(ceiling.mean()), floor.mean((0, 2)))
+            except ValueError as error:  # the run is done and kept
+                self._narrow = str(error)
+                self.notes = list(dict.fromkeys([*self.notes, f"survival is not measured: {error}."]))
 
     # --- facts ---------------------------------------------------------------------------------------------------------
 
@@ -89,8 +94,15 @@ class Drift:
         kept, floor, ceiling = (self.table.per_item(values, counted) for values in arrays)
         return kept, floor, ceiling
 
+    @property
+    def measured(self) -> bool:
+        """Whether there is a survival to ask for; if not, ``notes`` say why."""
+        return self.facts is not None and not self._narrow
+
     def survival(self, steps: slice = WHOLE, chosen: np.ndarray | None = None) -> Survival:
-        """S = (A - F) / (C - F) at these steps, by default the cycles 1 to K."""
+        """S = (A - F) / (C - F) at these steps, by default the cycles 1 to K; a ValueError where it is not measured."""
+        if self._narrow:
+            raise ValueError(self._narrow)
         return survival.survival(*self.shares(steps, chosen))
 
     @cached_property
@@ -159,7 +171,7 @@ class Drift:
         the caption to the first one.
         """
         steps, rows = slice(1, None) if half_steps else WHOLE, []
-        curve = self.survival(steps) if self.facts is not None else None
+        curve = self.survival(steps) if self.measured else None
         for j, step in enumerate(range(2 * self.cycles + 1)[steps]):
             cycle = step / 2 if half_steps else step // 2
             if curve is not None:
@@ -188,7 +200,7 @@ class Drift:
     def save(self, path: str | Path) -> None:
         """Write every number per cycle, survival by category, mean survival and half-life, and the record of the run, as JSON."""
         rows, results = self.to_frame().to_dict("records"), {}
-        if self.facts is not None:
+        if self.measured:
             rows += self.by_category().assign(metric=lambda f: "survival of " + f.category).to_dict("records")
             named = {"mean_survival": self.mean_survival, "half_life": self.half_life}
             results = {name: {"value": e.value, "interval": list(e.interval)} for name, e in named.items()}
@@ -198,12 +210,12 @@ class Drift:
         """Survival, what bounds it, where latents go, and survival by category, against cycles."""
         from umm_kit import plots
 
-        return plots.drift(self.to_frame(), None if self.facts is None else self.by_category())
+        return plots.drift(self.to_frame(), self.by_category() if self.measured else None)
 
     def __repr__(self) -> str:
         about = f"{self.record.get('model')} on {self.record.get('data')}: {self.cycles} cycles from {self.start}"
         lines = [f"{about}, {len(self.ids)} items, {len(self.traces)} run(s)"]
-        if self.facts is not None:
+        if self.measured:
             lines += [f"mean survival {self.mean_survival}", f"half-life     {self.half_life}"]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -246,7 +258,7 @@ def drift(
 
     Raises:
         ValueError: cycles, repeats or batch_size below 1, fewer than two items, an unknown start, no captions to start from, NaN,
-            or data whose facts are so alike that C - F < .2.
+            or data whose facts are so alike that C - F < .2. (Where that comes about in the run, what was run is kept.)
 
     Example:
         >>> uk.drift(model, uk.Shapes("test", n=256), cycles=8).mean_survival  # doctest: +SKIP
