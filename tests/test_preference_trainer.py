@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from umm_kit.data.shapes import Shapes
 from umm_kit.losses.preference import best_and_worst
@@ -147,6 +148,25 @@ def test_train_saves_the_model_with_its_record(saved, tmp_path):
 def test_no_pair_is_an_error_that_says_what_to_do(saved, tmp_path):
     with pytest.raises(ValueError, match=r"none of 8 prompts has a pair.*higher temperature"):
         trained(saved, tmp_path, threshold=1e6)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_what_is_not_finite_stops_and_keeps_the_batch(saved, tmp_path, rounds):
+    """Weights that diverge in the third step: seen in the next step's losses, or by the reader of the next round's drawings."""
+
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                broken = [model, trainer._frozen[0]][rounds - 1]
+                with torch.no_grad():
+                    broken.blocks[1].mlp[0].weight.fill_(float("nan"))
+
+    model = load(saved, device="cpu")
+    trainer = PreferenceTrainer(model, config(tmp_path, lora_rank=0, rounds=rounds), DATA, callbacks=[Diverge()])
+    said = {1: "log-likelihoods hold NaN", 2: "scores hold NaN"}[rounds]
+    with pytest.raises(ValueError, match=rf"{said}.*batch of step 2 is kept in .*--resume True"):
+        trainer.fit()
+    assert load_file(tmp_path / "not_finite.safetensors")["images"].shape == (8, 3, 32, 32)
 
 
 @pytest.mark.parametrize("other", [dict(rollouts=2), dict(temperature=0.5), dict(seed=7), dict(model=True)])

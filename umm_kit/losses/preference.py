@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from umm_kit.losses.factorization import NotFinite
+
 
 @dataclass(frozen=True)
 class Preference:
@@ -53,7 +55,7 @@ def _checked_scores(scores: Tensor) -> None:
     if scores.ndim != 2 or scores.shape[1] < 2 or not len(scores):
         raise ValueError(f"scores are {tuple(scores.shape)}; expected [prompts, rollouts] with at least two rollouts of a prompt")
     if not bool(torch.isfinite(scores).all()):
-        raise ValueError("scores hold NaN or infinity; score a rollout that cannot be read as the worst, and not as NaN")
+        raise NotFinite("scores hold NaN or infinity; score a rollout that cannot be read as the worst, and not as NaN")
 
 
 def best_and_worst(
@@ -111,7 +113,7 @@ def dpo(
     if len({tuple(x.shape) for x in given}) > 1 or chosen.ndim != 1 or not len(chosen):
         raise ValueError(f"log-likelihoods are {[tuple(x.shape) for x in given]}; expected four of [B], B >= 1")
     if not all(bool(torch.isfinite(x).all()) for x in given):
-        raise ValueError("log-likelihoods hold NaN or infinity; was an answer impossible under a model?")
+        raise NotFinite("log-likelihoods hold NaN or infinity; was an answer impossible under a model?")
     if not beta > 0 or not alpha >= 0:
         raise ValueError(f"{beta=}, {alpha=}; expected beta > 0 and alpha >= 0")
     chosen_shift, rejected_shift = chosen - reference_chosen.detach(), rejected - reference_rejected.detach()

@@ -335,8 +335,8 @@ class UMMTrainer(Trainer):
             file = Path(str(self.args.output_dir)) / "not_finite.safetensors"
             save_batch(inputs, file)
             raise ValueError(
-                f"{error}; the batch is kept in {file}. Nothing saved before is lost: lower the learning rate, or look at that "
-                "batch, then go on from the last checkpoint with --resume True"
+                f"{error}; the batch of step {self.state.global_step} is kept in {file}. Nothing saved before is lost: lower the "
+                "learning rate, or look at that batch, then go on from the last checkpoint with --resume True"
             ) from error
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
