@@ -13,7 +13,8 @@ from umm_kit.data.shapes import Shapes
 from umm_kit.losses.preference import best_and_worst
 from umm_kit.models import load
 from umm_kit.models.base import Decoding
-from umm_kit.trainers.latentumm import LatentUMMConfig
+from umm_kit.trainers.base import Stream
+from umm_kit.trainers.latentumm import LatentUMMConfig, LatentUMMTrainer
 from umm_kit.trainers.latentumm import train as train_latentumm
 from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer, Rollouts, roll_out, train
 
@@ -23,13 +24,15 @@ DATA = Shapes("train", n=4096)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+SMALL = dict(
+    rounds=2, prompts=8, rollouts=3, pairs=4, draws=2, drawing_steps=2, max_steps=4, threshold=0.0,
+    per_device_train_batch_size=8, logging_steps=1, save_steps=2, disable_tqdm=True, use_cpu=True, warmup_steps=0,
+    lr_scheduler_type="constant", learning_rate=1e-3,
+)  # fmt: skip
+
+
 def config(folder, **changes):
-    small = dict(
-        output_dir=str(folder), rounds=2, prompts=8, rollouts=3, pairs=4, draws=2, drawing_steps=2, max_steps=4, threshold=0.0,
-        per_device_train_batch_size=8, logging_steps=1, save_steps=2, disable_tqdm=True, use_cpu=True, warmup_steps=0,
-        lr_scheduler_type="constant", learning_rate=1e-3,
-    )  # fmt: skip
-    return PreferenceConfig(**{**small, **changes})
+    return changes.pop("kind", PreferenceConfig)(**{**SMALL, "output_dir": str(folder), **changes})
 
 
 def trained(saved, folder, **changes):
@@ -167,6 +170,41 @@ def test_what_is_not_finite_stops_and_keeps_the_batch(saved, tmp_path, rounds):
     with pytest.raises(ValueError, match=rf"{said}.*batch of step 2 is kept in .*--resume True"):
         trainer.fit()
     assert load_file(tmp_path / "not_finite.safetensors")["images"].shape == (8, 3, 32, 32)
+
+
+class Mute(torch.utils.data.Dataset):
+    """Scenes, some of which have no caption."""
+
+    def __init__(self, caption, mute):
+        self.caption, self.mute = caption, mute
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        return {**DATA[i], "texts": self.caption} if i in self.mute else DATA[i]
+
+
+@pytest.mark.parametrize("caption", ["", " ", None])
+@pytest.mark.parametrize("kind", ["preference", "native", "latentumm", "released"])
+def test_items_without_a_caption_are_refused(saved, tmp_path, caption, kind):
+    model = load(saved, device="cpu")
+    with pytest.raises(ValueError, match=r"items \['train-\S+'.*\] have no caption; expected words"):
+        if kind in ("preference", "native"):
+            changes = dict(preference_weight=0.0) if kind == "native" else {}
+            PreferenceTrainer(model, config(tmp_path, **changes), Mute(caption, range(64))).fit()
+        else:
+            variant = {"latentumm": "corrected"}.get(kind, kind)
+            few = config(tmp_path, kind=LatentUMMConfig, variant=variant, target_weight=0.0)
+            LatentUMMTrainer(model, few, Mute(caption, range(64))).fit()
+    assert not list(tmp_path.glob("rollouts/*/*.safetensors"))
+
+
+def test_one_prompt_without_a_caption_is_refused_too(saved, tmp_path):
+    trainer = PreferenceTrainer(load(saved, device="cpu"), config(tmp_path), data := Mute("", set()))
+    data.mute = {Stream(data, 16, trainer.args.seed + 2).__getitems__([5])[0]["index"]}
+    with pytest.raises(ValueError, match="have no caption"):
+        trainer.collect(0)
 
 
 @pytest.mark.parametrize("other", [dict(rollouts=2), dict(temperature=0.5), dict(seed=7), dict(model=True)])

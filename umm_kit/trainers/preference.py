@@ -29,7 +29,7 @@ from umm_kit.losses.preference import best_and_worst, dpo
 from umm_kit.models.base import Decoding, FlowOutput, checksum, elbo_masks
 from umm_kit.models.factors import FLOWS
 from umm_kit.trainers.base import PostTrainArguments, Stream, UMMTrainer, post_train
-from umm_kit.trainers.stages import FlowCollator, Flows, adapters
+from umm_kit.trainers.stages import FlowCollator, Flows, adapters, captions_of
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class PreferenceTrainer(UMMTrainer):
         size = max(1, 64 // args.rollouts)
         for start in range(0, args.prompts, size):
             places = range(number * args.prompts + start, number * args.prompts + min(start + size, args.prompts))
-            texts, file = [item["texts"] for item in stream.__getitems__(places)], folder / f"{start}.safetensors"
+            texts, file = captions_of(stream.__getitems__(places)), folder / f"{start}.safetensors"
             made_of = {
                 "model": self._whose, "texts": zlib.crc32("\n".join(texts).encode()), "seed": args.seed,
                 "rollouts": args.rollouts, "temperature": args.temperature, "drawing_steps": args.drawing_steps,
