@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -225,6 +226,28 @@ def test_a_run_that_is_not_resumed_draws_anew(saved, tmp_path):
     _, trainer = trained(saved, tmp_path, save_strategy="no", seed=5)
     assert not torch.equal(load_file(tmp_path / "rollouts/0/0.safetensors")["drawn"], first)
     assert trainer.rollouts.texts != PreferenceTrainer(load(saved), config(tmp_path / "b"), DATA).collect(0).texts
+
+
+@pytest.mark.parametrize("kind", [PreferenceConfig, LatentUMMConfig])
+def test_resuming_with_another_configuration_is_refused_by_name(saved, tmp_path, kind):
+    made, more = (PreferenceTrainer, {}) if kind is PreferenceConfig else (LatentUMMTrainer, {"target_weight": 0.0})
+
+    def run(data=DATA, **changes):
+        few = {"kind": kind, "rounds": 1, "max_steps": 2, "save_steps": 1, **more, **changes}
+        made(load(saved, device="cpu"), config(tmp_path, **few), data).fit()
+
+    run()
+    changed = dict(beta=0.5, learning_rate=0.01, threshold=0.1)
+    said = r"another configuration: .*learning_rate 0.001 \(now 0.01\), .*threshold 0.0 \(now 0.1\).*beta 0.05 \(now 0.5\)"
+    with pytest.raises(ValueError, match=said):
+        run(resume=True, **changed)
+    with pytest.raises(ValueError, match=r"examples Shapes\('train', n=4096.*now Shapes\('train', n=64"):
+        run(Shapes("train", n=64), resume=True)
+    run(resume=True, logging_steps=2, save_total_limit=1)  # what says nothing of the result may change
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    run(**changed)  # anew
+    assert json.loads((tmp_path / "preference.json").read_text())["beta"] == 0.5
 
 
 def test_a_later_round_without_a_pair_goes_on(saved, tmp_path, monkeypatch, caplog):

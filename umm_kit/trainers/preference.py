@@ -135,7 +135,7 @@ class PreferenceTrainer(UMMTrainer):
 
     Raises:
         ValueError: no prompt of the first round has a pair (lower the threshold, or draw at a higher temperature); a cache of
-            another run.
+            another run, or a run that is resumed with another configuration, model or data.
     """
 
     def __init__(self, model: Any, args: PreferenceConfig, train_dataset: Any, step: Step | None = None, **kwargs: Any):
@@ -153,7 +153,7 @@ class PreferenceTrainer(UMMTrainer):
         stream = Stream(train_dataset, length, args.seed)
         super().__init__(step or Step(model), args, train_dataset=stream, data_collator=collator, **kwargs)
         self._frozen[0].to(args.device)
-        self._place, self._whose = (-1, -1), checksum(self._frozen[0])
+        self._place, self._base = (-1, -1), checksum(self._frozen[0])
 
     # --- rollouts ---
 
@@ -172,7 +172,7 @@ class PreferenceTrainer(UMMTrainer):
             places = range(number * args.prompts + start, number * args.prompts + min(start + size, args.prompts))
             texts, file = captions_of(stream.__getitems__(places)), folder / f"{start}.safetensors"
             made_of = {
-                "model": self._whose, "texts": zlib.crc32("\n".join(texts).encode()), "seed": args.seed,
+                "model": self._base, "texts": zlib.crc32("\n".join(texts).encode()), "seed": args.seed,
                 "rollouts": args.rollouts, "temperature": args.temperature, "drawing_steps": args.drawing_steps,
             }  # fmt: skip
             if not (part := self._kept(file, made_of)):
@@ -223,7 +223,9 @@ class PreferenceTrainer(UMMTrainer):
         if not self.args.resume and resume_from_checkpoint is None:
             if self.is_world_process_zero():
                 shutil.rmtree(Path(str(self.args.output_dir)) / "rollouts", ignore_errors=True)
+                Path(str(self.args.output_dir), "preference.json").unlink(missing_ok=True)
             self.accelerator.wait_for_everyone()
+        self.claim_folder("preference.json")
         adapting: Any = nullcontext()
         if self.args.lora_rank:
             kept = Path(str(self.args.output_dir)) / "adapter" if self.is_world_process_zero() else None
