@@ -66,6 +66,7 @@ class Drift:
             except ValueError as error:  # the run is done and kept
                 self._narrow = str(error)
                 self.notes = list(dict.fromkeys([*self.notes, f"survival is not measured: {error}."]))
+        self.measured = self.facts is not None and not self._narrow  # whether there is a survival to ask for
 
     # --- facts ---------------------------------------------------------------------------------------------------------
 
@@ -93,11 +94,6 @@ class Drift:
         arrays = (self.status[:, steps] == KEPT, self._floors[:, steps], best)
         kept, floor, ceiling = (self.table.per_item(values, counted) for values in arrays)
         return kept, floor, ceiling
-
-    @property
-    def measured(self) -> bool:
-        """Whether there is a survival to ask for; if not, ``notes`` say why."""
-        return self.facts is not None and not self._narrow
 
     def survival(self, steps: slice = WHOLE, chosen: np.ndarray | None = None) -> Survival:
         """S = (A - F) / (C - F) at these steps, by default the cycles 1 to K; a ValueError where it is not measured."""
@@ -265,9 +261,7 @@ def drift(
     """
     whole = all(isinstance(number, Integral) for number in (cycles, repeats, batch_size, keep, seed))
     if not whole or min(cycles, repeats, batch_size) < 1 or keep < 0:
-        raise ValueError(
-            f"{cycles=}, {repeats=}, {batch_size=}, {keep=}, {seed=}; expected whole numbers, at least 1 of each (keep: 0)"
-        )
+        raise ValueError(f"{cycles=}, {repeats=}, {batch_size=}, {keep=}, {seed=}; expected whole numbers from 1 (keep: 0)")
     if teacher is not None and not hasattr(teacher, "embed_text"):
         raise ValueError(f"teacher is a {type(teacher).__name__}; drift makes new texts and pictures, which no table knows: "
                          "expected a model with embed_text and embed_image, such as load_teacher()")  # fmt: skip
@@ -294,9 +288,7 @@ def drift(
         if not chosen:
             notes.append("no latents are followed: the model has no flows, or layers is empty.")
         with bar(repeats * len(data) * (2 * cycles + 1), "cycles", progress) as done:
-            runs = [
-                around.run(data, cycles, start, seed + r, batch_size, keep if r == 0 else 0, done.update) for r in range(repeats)
-            ]
+            runs = [around.run(data, cycles, start, seed + r, batch_size, keep * (not r), done.update) for r in range(repeats)]
     if table is not None:
         for trace in runs:
             trace.contents[0] = list(table.origins)  # what is known of the origin, not what is read in it

@@ -71,9 +71,7 @@ class AlignerConfig(UMMArguments):
     @classmethod
     def tiny(cls, **changes: Any) -> AlignerConfig:
         """Under a minute on a laptop: a narrower map at a higher rate. Its terms are the release's unless changed."""
-        small: dict[str, Any] = dict(
-            hidden_size=128, num_heads=4, max_steps=300, learning_rate=1e-3, per_device_train_batch_size=128
-        )
+        small: Any = dict(hidden_size=128, num_heads=4, max_steps=300, learning_rate=1e-3, per_device_train_batch_size=128)
         return cls(**{**small, "logging_steps": 10, **changes})
 
 

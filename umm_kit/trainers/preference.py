@@ -44,9 +44,7 @@ class PreferenceConfig(PostTrainArguments):
     rollouts: int = HfArg(default=4, help="K: drawings of each.")
     temperature: float = HfArg(default=1.0, help="Of drawing.")
     drawing_steps: int = HfArg(default=8, help="Rounds of masked prediction in a drawing.")
-    threshold: float = HfArg(
-        default=0.02, help="Best and worst must differ by more, in nats per word of the reader, to be a pair."
-    )
+    threshold: float = HfArg(default=0.02, help="Best and worst must differ by more nats per word of the reader to be a pair.")
     pairs: int = HfArg(default=16, help="Pairs in each step.")
     draws: int = HfArg(default=8, help="Masks behind each likelihood (see elbo_masks).")
     beta: float = HfArg(default=0.05, help="How strongly DPO ties the model to its frozen copy.")
