@@ -101,7 +101,6 @@ CALLS: dict[Any, list[tuple]] = {
     preference.released_preference: [(POOLED,)],
     preference.best_and_worst: [(POOLED,), (NARROW, 0.5)],
     preference.dpo: [tuple(POOLED.T)],
-    preference.velocity_score: [(POOLED, OTHER), (TOKENS, TOKENS)],
     collapse.collapse: [(POOLED, OTHER), (ARRAY, POOLED)],
     collapse.CollapseMonitor.update: [(collapse.CollapseMonitor(), POOLED, OTHER)],
     statistics.bootstrap: [(SCORE,), (BIT,), (POOLED[:, 0],), (pd.Series(SCORE),), ([1, 0, 1],)],
@@ -126,7 +125,7 @@ EXCEPTIONS = {
     "recording": "a context; its arrays are those of the blocks (tests/test_pretrained.py compares them with transformers)",
 }
 #: They take any number of leading axes.
-ANY_AXES = (preference.velocity_score, tokenizers.fsq, tokenizers.code_digits, tokenizers.codebook_use)
+ANY_AXES = (tokenizers.fsq, tokenizers.code_digits, tokenizers.codebook_use)
 
 
 @functools.cache

@@ -7,12 +7,13 @@ import types
 
 import pytest
 import torch
-from families import FAMILIES, small
+from families import FAMILIES, OWN, small
 
 from umm_kit.data.shapes import Shapes
 from umm_kit.features import extract
-from umm_kit.models.base import UnifiedModel, collate, example_losses, scores_of
+from umm_kit.models.base import Decoding, UnifiedModel, collate, example_losses, scores_of
 from umm_kit.models.contract import PARTS, RULES, CheckReport, check_model
+from umm_kit.models.own import DESCRIBE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,6 +148,22 @@ def test_likelihoods_have_gradients_and_tell_texts_apart(model, batch):
     b = model.image_log_prob(batch["texts"][1:] + batch["texts"][:1], codes=codes, masks=masks)
     assert a.shape == (4,) and (a < 0).all() and not torch.allclose(a, b)
     assert torch.autograd.grad(a.sum(), next(iter(model.layer_parameters().values()))[0])[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("asked", [None, ["how many circles are there?", "what colour is the circle?"]])
+def test_a_text_that_never_ends_can_be_drawn_and_read_again(kind, asked):
+    model, images = small(kind), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        model.text_head.weight[model._special("<eos>")] = 0.0  # another word always scores more
+    for temperature in (0.0, 1e-3):
+        texts = model.understand(images, asked, Decoding(max_new_tokens=500, text_temperature=temperature))
+        assert min(len(ids) for ids in model.words(texts)["input_ids"]) > model.config.max_text - 20
+        assert model.generate(texts, decoding=Decoding(steps=1)).shape == images.shape
+        batch = {"images": images, "texts": texts, "ids": ["a", "b"], "prompts": asked or [None, None]}
+        assert torch.isfinite(model.understanding_flow(batch, []).loss)
+        assert len(model.pack([[(DESCRIBE, text)] for text in texts])["ids"]) == 2
+    assert len(model.words(model.understand(images, asked, Decoding(max_new_tokens=5))[0])["input_ids"]) == 5
 
 
 @pytest.mark.parametrize("flow", FLOWS)

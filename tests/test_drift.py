@@ -1,5 +1,6 @@
 """Drift of models whose forgetting is known: perfect, constant, forgetful at a planted rate, garbled, with a private code."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,8 @@ from umm_kit.data.digits import Digits
 from umm_kit.data.imagetext import ImageText
 from umm_kit.data.language import caption, parse
 from umm_kit.data.shapes import COLOUR_WEIGHTS, COLOURS, SHAPE_WEIGHTS, SHAPES, SIZES, Shapes
-from umm_kit.evaluation.blame import PerfectReader, PerfectWriter
+from umm_kit.evaluation.blame import PerfectReader, PerfectWriter, blame
+from umm_kit.experiments.latentumm import of_drift
 from umm_kit.models.base import Decoding
 from umm_kit.models.masked import MaskedUMM
 from umm_kit.models.teachers import EmbeddingTable
@@ -296,6 +298,35 @@ def test_items_too_alike_are_refused_before_anything_is_run(data):
     same = Shapes.of([data.objects(0)] * 6, style="list")
     with pytest.raises(ValueError, match=r"ceiling is 1\.000 and the floor at cycle 0 is 1\.000"):
         uk.drift(Never(), same, cycles=1, **QUIET)
+
+
+def test_a_run_whose_floor_rises_to_the_ceiling_is_kept_without_survival(tmp_path):
+    """Every caption says all that there is to say, so that other items' facts are kept as often as one's own."""
+
+    data = Shapes("test", n=48, seed=4, style="list")
+    every = ", ".join(f"a {size} {colour} {shape}" for size in SIZES for colour in COLOURS for shape in SHAPES)
+
+    class Everything(Perfect):
+        def retell(self, k, objects):
+            return every
+
+    model = Everything(data)
+    drift = uk.drift(model, data, cycles=2, teacher=Faces(), **QUIET)
+    asked = (lambda: drift.mean_survival, lambda: drift.half_life, drift.survival, drift.by_category, drift.exponential_fit)
+    for ask in (*asked, lambda: of_drift(drift), lambda: blame(model, data, cycles=1, progress=False)):
+        with pytest.raises(ValueError, match=r"ceiling is .* floor at cycle \d is .*expected C - F"):
+            ask()
+    frame = drift.to_frame()
+    assert {"recall", "floor", "ceiling", "lost", "teacher_cosine"} <= set(frame.metric) and "survival" not in set(frame.metric)
+    assert column(drift, "ceiling")[1] - column(drift, "floor")[1] < 0.2 and column(drift, "lost").sum() == 0
+    assert sum("survival is not measured: the ceiling is" in note for note in drift.notes) == 1
+    assert replace(drift).notes == drift.notes and "survival is not measured" in repr(drift) and "half-life" not in repr(drift)
+    assert not drift.measured and len(drift.traces[0].texts) == 3 and len(drift.first_failure()) and drift.private_code.n == 48
+    drift.save(tmp_path / "drift.json")
+    saved = json.loads((tmp_path / "drift.json").read_text())
+    assert saved["results"] == {} and {"recall", "lost"} <= {row["metric"] for row in saved["rows"]}
+    titles = {axes.get_title() for axes in drift.plot().axes}
+    assert any("facts" in title for title in titles) and not any("category" in title for title in titles)
 
 
 def test_a_tokenizer_that_keeps_nothing_lowers_the_ceiling_until_refusal(data):

@@ -76,6 +76,19 @@ def test_equal_things_may_stand_either_way_round():
         assert dict(zip([c for c, _ in facts(origin)], agreement(origin, there), strict=True))["relation"] == KEPT
 
 
+def test_a_relation_holds_if_it_does_for_any_thing_that_fits_as_well():
+    """Whatever the order of things: a circle stands left of the ring, though another circle may be the first one's partner."""
+    there = [("right", "circle", "red"), ("centre", "ring", "red"), ("left", "circle", "blue")]
+    # a red circle is the right one: the blue one does not fit as well
+    for text, expected in (("a circle left of a ring", KEPT), ("a red circle left of a ring", DENIED)):
+        origin = said(text)
+        k = [category for category, _ in facts(origin)].index("relation")
+        for way in itertools.permutations([SceneObject(*o, "small") for o in there]):
+            assert agreement(origin, seen(way))[k] == expected
+    for words in itertools.permutations(("a red circle right of a ring", "a blue circle left of a ring")):
+        assert verdict("a circle left of a ring", " and ".join(words))["relation"] == [KEPT]
+
+
 def test_a_lost_state_keeps_and_denies_nothing():
     origin = said("a red circle and a blue square")
     assert set(agreement(origin, None)) == {SILENT} and len(agreement(origin, None)) == len(facts(origin))

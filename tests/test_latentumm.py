@@ -7,6 +7,8 @@ import zlib
 import pytest
 import torch
 from families import small
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from umm_kit import cli
 from umm_kit.data.shapes import Shapes
@@ -117,6 +119,20 @@ def test_the_loss_is_the_weighted_sum_of_what_is_logged(saved, table, tmp_path):
     given = {"understanding": 1, "generation": 1, "modal": 0.5, "capacity": 0.25, "target": 2.0, "preference": 0.001}
     wanted = sum(weight * entry[f"{name}_loss"] for name, weight in given.items())
     assert entry["loss"] == pytest.approx(wanted, rel=2e-3)  # as many digits as the log has
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_what_is_not_finite_stops_and_keeps_the_batch(saved, tmp_path, variant):
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            with torch.no_grad():
+                model.blocks[1].mlp[0].weight.fill_(float("nan"))
+
+    model, few = load(saved, device="cpu"), config(tmp_path, variant=variant, target_weight=0.0, lora_rank=0)
+    trainer = LatentUMMTrainer(model, few, DATA, callbacks=[Diverge()])
+    with pytest.raises(ValueError, match=r"hold.* NaN.*batch of step 1 is kept in .*--resume True"):
+        trainer.fit()
+    assert load_file(tmp_path / "not_finite.safetensors")["images"].shape == (8, 3, 32, 32)
 
 
 def test_without_a_target_no_teacher_is_asked_for(saved, tmp_path):

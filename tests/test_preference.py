@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from umm_kit.losses.preference import best_and_worst, dpo, released_preference, velocity_score
+from umm_kit.losses.preference import best_and_worst, dpo, released_preference
 from umm_kit.models.base import elbo_masks
 from umm_kit.models.masked import MaskedUMM
 from umm_kit.models.tokenizers import ImageTokenizerConfig
@@ -82,16 +82,6 @@ def test_released_pushes_the_worst_down():
     loss.backward()
     push = 1 / (1 + math.exp(0.4))
     assert scores.grad[0].tolist() == pytest.approx([-push, push, 0.0]), "descent raises the best and lowers the worst"
-
-
-def test_velocity_score_is_a_sum_over_dimensions():
-    rng = torch.Generator().manual_seed(0)
-    x, y = torch.randn(3, 2, 4, 4, generator=rng), torch.randn(3, 2, 4, 4, generator=rng)
-    naive = [
-        -sum((a - b) ** 2 for a, b in zip(p.flatten().tolist(), q.flatten().tolist(), strict=True))
-        for p, q in zip(x, y, strict=True)
-    ]
-    assert velocity_score(x, y).tolist() == pytest.approx(naive, rel=1e-5)
 
 
 # --- the any-order bound -----------------------------------------------------------------------------------------------
@@ -220,7 +210,6 @@ NAN = torch.tensor([float("nan")])
         (lambda: dpo(NAN, NAN, NAN, NAN), "NaN"),
         (lambda: dpo(*[torch.ones(1)] * 4, beta=0), "beta"),
         (lambda: dpo(*[torch.ones(1)] * 4, alpha=-1), "alpha"),
-        (lambda: velocity_score(torch.ones(2, 3), torch.ones(2, 4)), "same"),
         (lambda: elbo_masks(1, 4, draws=3), "even"),
     ],
 )

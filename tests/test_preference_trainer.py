@@ -2,17 +2,20 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from umm_kit.data.shapes import Shapes
 from umm_kit.losses.preference import best_and_worst
 from umm_kit.models import load
 from umm_kit.models.base import Decoding
-from umm_kit.trainers.latentumm import LatentUMMConfig
+from umm_kit.trainers.base import Stream
+from umm_kit.trainers.latentumm import LatentUMMConfig, LatentUMMTrainer
 from umm_kit.trainers.latentumm import train as train_latentumm
 from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer, Rollouts, roll_out, train
 
@@ -22,13 +25,15 @@ DATA = Shapes("train", n=4096)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+SMALL = dict(
+    rounds=2, prompts=8, rollouts=3, pairs=4, draws=2, drawing_steps=2, max_steps=4, threshold=0.0,
+    per_device_train_batch_size=8, logging_steps=1, save_steps=2, disable_tqdm=True, use_cpu=True, warmup_steps=0,
+    lr_scheduler_type="constant", learning_rate=1e-3,
+)  # fmt: skip
+
+
 def config(folder, **changes):
-    small = dict(
-        output_dir=str(folder), rounds=2, prompts=8, rollouts=3, pairs=4, draws=2, drawing_steps=2, max_steps=4, threshold=0.0,
-        per_device_train_batch_size=8, logging_steps=1, save_steps=2, disable_tqdm=True, use_cpu=True, warmup_steps=0,
-        lr_scheduler_type="constant", learning_rate=1e-3,
-    )  # fmt: skip
-    return PreferenceConfig(**{**small, **changes})
+    return changes.pop("kind", PreferenceConfig)(**{**SMALL, "output_dir": str(folder), **changes})
 
 
 def trained(saved, folder, **changes):
@@ -149,6 +154,60 @@ def test_no_pair_is_an_error_that_says_what_to_do(saved, tmp_path):
         trained(saved, tmp_path, threshold=1e6)
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_what_is_not_finite_stops_and_keeps_the_batch(saved, tmp_path, rounds):
+    """Weights that diverge in the third step: seen in the next step's losses, or by the reader of the next round's drawings."""
+
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                broken = [model, trainer._frozen[0]][rounds - 1]
+                with torch.no_grad():
+                    broken.blocks[1].mlp[0].weight.fill_(float("nan"))
+
+    model = load(saved, device="cpu")
+    trainer = PreferenceTrainer(model, config(tmp_path, lora_rank=0, rounds=rounds), DATA, callbacks=[Diverge()])
+    said = {1: "log-likelihoods hold NaN", 2: "scores hold NaN"}[rounds]
+    with pytest.raises(ValueError, match=rf"{said}.*batch of step 2 is kept in .*--resume True"):
+        trainer.fit()
+    assert load_file(tmp_path / "not_finite.safetensors")["images"].shape == (8, 3, 32, 32)
+
+
+class Mute(torch.utils.data.Dataset):
+    """Scenes, some of which have no caption."""
+
+    def __init__(self, caption, mute):
+        self.caption, self.mute = caption, mute
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        return {**DATA[i], "texts": self.caption} if i in self.mute else DATA[i]
+
+
+@pytest.mark.parametrize("caption", ["", " ", None])
+@pytest.mark.parametrize("kind", ["preference", "native", "latentumm", "released"])
+def test_items_without_a_caption_are_refused(saved, tmp_path, caption, kind):
+    model = load(saved, device="cpu")
+    with pytest.raises(ValueError, match=r"items \['train-\S+'.*\] have no caption; expected words"):
+        if kind in ("preference", "native"):
+            changes = dict(preference_weight=0.0) if kind == "native" else {}
+            PreferenceTrainer(model, config(tmp_path, **changes), Mute(caption, range(64))).fit()
+        else:
+            variant = {"latentumm": "corrected"}.get(kind, kind)
+            few = config(tmp_path, kind=LatentUMMConfig, variant=variant, target_weight=0.0)
+            LatentUMMTrainer(model, few, Mute(caption, range(64))).fit()
+    assert not list(tmp_path.glob("rollouts/*/*.safetensors"))
+
+
+def test_one_prompt_without_a_caption_is_refused_too(saved, tmp_path):
+    trainer = PreferenceTrainer(load(saved, device="cpu"), config(tmp_path), data := Mute("", set()))
+    data.mute = {Stream(data, 16, trainer.args.seed + 2).__getitems__([5])[0]["index"]}
+    with pytest.raises(ValueError, match="have no caption"):
+        trainer.collect(0)
+
+
 @pytest.mark.parametrize("other", [dict(rollouts=2), dict(temperature=0.5), dict(seed=7), dict(model=True)])
 def test_a_cache_of_another_run_is_refused(saved, tmp_path, other):
     trained(saved, tmp_path)
@@ -167,6 +226,28 @@ def test_a_run_that_is_not_resumed_draws_anew(saved, tmp_path):
     _, trainer = trained(saved, tmp_path, save_strategy="no", seed=5)
     assert not torch.equal(load_file(tmp_path / "rollouts/0/0.safetensors")["drawn"], first)
     assert trainer.rollouts.texts != PreferenceTrainer(load(saved), config(tmp_path / "b"), DATA).collect(0).texts
+
+
+@pytest.mark.parametrize("kind", [PreferenceConfig, LatentUMMConfig])
+def test_resuming_with_another_configuration_is_refused_by_name(saved, tmp_path, kind):
+    made, more = (PreferenceTrainer, {}) if kind is PreferenceConfig else (LatentUMMTrainer, {"target_weight": 0.0})
+
+    def run(data=DATA, **changes):
+        few = {"kind": kind, "rounds": 1, "max_steps": 2, "save_steps": 1, **more, **changes}
+        made(load(saved, device="cpu"), config(tmp_path, **few), data).fit()
+
+    run()
+    changed = dict(beta=0.5, learning_rate=0.01, threshold=0.1)
+    said = r"another configuration: .*learning_rate 0.001 \(now 0.01\), .*threshold 0.0 \(now 0.1\).*beta 0.05 \(now 0.5\)"
+    with pytest.raises(ValueError, match=said):
+        run(resume=True, **changed)
+    with pytest.raises(ValueError, match=r"examples Shapes\('train', n=4096.*now Shapes\('train', n=64"):
+        run(Shapes("train", n=64), resume=True)
+    run(resume=True, logging_steps=2, save_total_limit=1)  # what says nothing of the result may change
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    run(**changed)  # anew
+    assert json.loads((tmp_path / "preference.json").read_text())["beta"] == 0.5
 
 
 def test_a_later_round_without_a_pair_goes_on(saved, tmp_path, monkeypatch, caplog):

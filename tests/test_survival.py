@@ -88,6 +88,24 @@ def test_nothing_lost_is_censored_and_not_certain():
         curve.exponential_fit()
 
 
+@pytest.mark.parametrize("floor", [0.3, 0.0])
+def test_a_ceiling_that_wobbles_makes_nothing_lost_no_more_certain(floor):
+    """Of 20 items 19 can be read whole and one to four fifths: C = .99, which resamples differ in, and in nothing else."""
+    ceiling = np.array([1.0] * 19 + [0.8])
+    perfect = survival(np.ones((1, 4, 20)), np.full((1, 4, 20), floor), ceiling)
+    assert np.ptp(perfect.resamples) > 1e-3 and perfect.alike
+    bound = (wilson(20, 20)[0] - floor) / (0.99 - floor)
+    assert perfect.mean().low == pytest.approx(bound) and bound < 0.9 and perfect.mean().high > 1
+    assert perfect.half_life().censored and perfect.half_life().high == np.inf
+    nothing = survival(np.zeros((1, 4, 20)), np.full((1, 4, 20), floor), ceiling)
+    assert nothing.mean().high == pytest.approx((wilson(0, 20)[1] - floor) / (0.99 - floor))
+    assert nothing.half_life().high > nothing.half_life().value
+    gain = perfect.over(nothing)
+    assert gain.low == pytest.approx(perfect.mean().low - nothing.mean().high) and gain.low < gain.value - 0.2
+    partly = survival(np.stack([np.ones(20), np.arange(20) / 19])[None], np.full((1, 2, 20), floor), ceiling)
+    assert not partly.alike
+
+
 def test_partly_censored_resamples_leave_the_interval_open():
     life = planted(0.1, n=60, cycles=7).half_life()
     assert life.high == np.inf and life.low < 7

@@ -2,9 +2,11 @@
 
 import json
 
+import pyarrow
 import pytest
 import torch
 from datasets import Dataset
+from pyarrow import feather, parquet
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
@@ -98,6 +100,31 @@ def test_tables_are_read_again(table, tmp_path, suffix):
     torch.testing.assert_close(text, table.text[[2, 0]])
     torch.testing.assert_close(image, table.image[[2, 0]])
     torch.testing.assert_close(text.norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".feather"])
+@pytest.mark.parametrize("kind", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+def test_arrow_tables_are_read_whether_files_or_streams(table, tmp_path, suffix, kind):
+    file = tmp_path / f"table{suffix}"
+    rows = pyarrow.table({"id": ["a", "b", "c"], "text": table.text.tolist(), "image": table.image.tolist()})
+    with kind(str(file), rows.schema) as writer:
+        writer.write_table(rows)
+    torch.testing.assert_close(EmbeddingTable.load(file).of(["c", "a"])[1], table.image[[2, 0]])
+
+
+@pytest.mark.parametrize("what", ["cut", "null", "ragged", "words", "junk", "nothing"])
+@pytest.mark.parametrize("suffix", [".arrow", ".feather", ".parquet"])
+def test_tables_that_cannot_be_read_are_named(tmp_path, suffix, what):
+    file = tmp_path / f"table{suffix}"
+    text = {"null": [[1.0, 0.0], None], "ragged": [[1.0, 0.0], [1.0]], "words": ["x", "y"]}.get(what, [[1.0, 0.0], [0.0, 1.0]])
+    rows = pyarrow.table({"id": ["a", "b"], "text": text, "image": [[1.0, 0.0], [0.0, 1.0]]})
+    (parquet.write_table if suffix == ".parquet" else feather.write_feather)(rows, str(file))
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[:-40], "junk": b"junk" * 10, "nothing": b""}.get(what, whole))
+    with pytest.raises(
+        ValueError, match=rf"table\{suffix} holds no table of embeddings .*; expected ids, text and image vectors"
+    ):
+        EmbeddingTable.load(file)
 
 
 def test_a_batch_is_looked_up_by_id_and_not_by_place(table):

@@ -58,9 +58,15 @@ class Drift:
     private_code = cached_property(survival.private_code)
 
     def __post_init__(self) -> None:
+        self._narrow = ""  # why there are facts, and no survival
         if self.facts is not None:
             _, floor, ceiling = self.shares(slice(None, None, 2))
-            refuse_narrow(float(ceiling.mean()), floor.mean((0, 2)))
+            try:
+                refuse_narrow(float(ceiling.mean()), floor.mean((0, 2)))
+            except ValueError as error:  # the run is done and kept
+                self._narrow = str(error)
+                self.notes = list(dict.fromkeys([*self.notes, f"survival is not measured: {error}."]))
+        self.measured = self.facts is not None and not self._narrow  # whether there is a survival to ask for
 
     # --- facts ---------------------------------------------------------------------------------------------------------
 
@@ -90,7 +96,9 @@ class Drift:
         return kept, floor, ceiling
 
     def survival(self, steps: slice = WHOLE, chosen: np.ndarray | None = None) -> Survival:
-        """S = (A - F) / (C - F) at these steps, by default the cycles 1 to K."""
+        """S = (A - F) / (C - F) at these steps, by default the cycles 1 to K; a ValueError where it is not measured."""
+        if self._narrow:
+            raise ValueError(self._narrow)
         return survival.survival(*self.shares(steps, chosen))
 
     @cached_property
@@ -159,7 +167,7 @@ class Drift:
         the caption to the first one.
         """
         steps, rows = slice(1, None) if half_steps else WHOLE, []
-        curve = self.survival(steps) if self.facts is not None else None
+        curve = self.survival(steps) if self.measured else None
         for j, step in enumerate(range(2 * self.cycles + 1)[steps]):
             cycle = step / 2 if half_steps else step // 2
             if curve is not None:
@@ -188,7 +196,7 @@ class Drift:
     def save(self, path: str | Path) -> None:
         """Write every number per cycle, survival by category, mean survival and half-life, and the record of the run, as JSON."""
         rows, results = self.to_frame().to_dict("records"), {}
-        if self.facts is not None:
+        if self.measured:
             rows += self.by_category().assign(metric=lambda f: "survival of " + f.category).to_dict("records")
             named = {"mean_survival": self.mean_survival, "half_life": self.half_life}
             results = {name: {"value": e.value, "interval": list(e.interval)} for name, e in named.items()}
@@ -198,12 +206,12 @@ class Drift:
         """Survival, what bounds it, where latents go, and survival by category, against cycles."""
         from umm_kit import plots
 
-        return plots.drift(self.to_frame(), None if self.facts is None else self.by_category())
+        return plots.drift(self.to_frame(), self.by_category() if self.measured else None)
 
     def __repr__(self) -> str:
         about = f"{self.record.get('model')} on {self.record.get('data')}: {self.cycles} cycles from {self.start}"
         lines = [f"{about}, {len(self.ids)} items, {len(self.traces)} run(s)"]
-        if self.facts is not None:
+        if self.measured:
             lines += [f"mean survival {self.mean_survival}", f"half-life     {self.half_life}"]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -246,16 +254,14 @@ def drift(
 
     Raises:
         ValueError: cycles, repeats or batch_size below 1, fewer than two items, an unknown start, no captions to start from, NaN,
-            or data whose facts are so alike that C - F < .2.
+            or data whose facts are so alike that C - F < .2. (Where that comes about in the run, what was run is kept.)
 
     Example:
         >>> uk.drift(model, uk.Shapes("test", n=256), cycles=8).mean_survival  # doctest: +SKIP
     """
     whole = all(isinstance(number, Integral) for number in (cycles, repeats, batch_size, keep, seed))
     if not whole or min(cycles, repeats, batch_size) < 1 or keep < 0:
-        raise ValueError(
-            f"{cycles=}, {repeats=}, {batch_size=}, {keep=}, {seed=}; expected whole numbers, at least 1 of each (keep: 0)"
-        )
+        raise ValueError(f"{cycles=}, {repeats=}, {batch_size=}, {keep=}, {seed=}; expected whole numbers from 1 (keep: 0)")
     if teacher is not None and not hasattr(teacher, "embed_text"):
         raise ValueError(f"teacher is a {type(teacher).__name__}; drift makes new texts and pictures, which no table knows: "
                          "expected a model with embed_text and embed_image, such as load_teacher()")  # fmt: skip
@@ -282,9 +288,7 @@ def drift(
         if not chosen:
             notes.append("no latents are followed: the model has no flows, or layers is empty.")
         with bar(repeats * len(data) * (2 * cycles + 1), "cycles", progress) as done:
-            runs = [
-                around.run(data, cycles, start, seed + r, batch_size, keep if r == 0 else 0, done.update) for r in range(repeats)
-            ]
+            runs = [around.run(data, cycles, start, seed + r, batch_size, keep * (not r), done.update) for r in range(repeats)]
     if table is not None:
         for trace in runs:
             trace.contents[0] = list(table.origins)  # what is known of the origin, not what is read in it

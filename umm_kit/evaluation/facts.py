@@ -8,7 +8,7 @@ left unsaid is no fact, so filling it in later is no error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -87,14 +87,15 @@ def _partners(origin: Content, state: Content) -> dict[int, Phrase]:
     return {int(i): state.things[j] for i, j in zip(*linear_sum_assignment(table), strict=True)}
 
 
-def _relation(state: Content, a: Phrase, relation: str, b: Phrase) -> int:
-    """Whether things like ``a`` stand so to things like ``b``, by their places or by what the state says."""
-    like = lambda t, other: replace(t, cell=None) == replace(other, cell=None)  # noqa: E731
-    pairs = [
-        (x, y) for x, s in enumerate(state.things) for y, t in enumerate(state.things) if x != y and like(s, a) and like(t, b)
-    ]
+def _relation(origin: Content, state: Content, partners: Mapping[int, Phrase], k: int) -> int:
+    """Whether it holds, by place or by what the state says, of any things that keep as much of the origin as their partners."""
+    a, relation, b = origin.relations[k]
+    if not {a, b} <= set(partners):
+        return SILENT
+    bare = {i: replace(origin.things[i], cell=None) for i in (a, b)}
+    fit = {i: [x for x, t in enumerate(state.things) if _cost(w, t) <= _cost(w, partners[i]) + 1e-9] for i, w in bare.items()}
     verdict = SILENT
-    for x, y in pairs:
+    for x, y in ((x, y) for x in fit[a] for y in fit[b] if x != y):
         one, other = state.things[x].cell, state.things[y].cell
         told = {r for i, r, j in state.relations if (i, j) == (x, y)} | {
             _INVERSE[r] for i, r, j in state.relations if (i, j) == (y, x)
@@ -133,8 +134,7 @@ def agreement(origin: Content, state: Content | None) -> tuple[int, ...]:
             return min(attribute(k, "shape"), attribute(k, "colour"))
         if category == "count":
             return KEPT if len(origin.things) == len(state.things) else DENIED
-        a, relation, b = origin.relations[k]
-        return _relation(state, partners[a], relation, partners[b]) if {a, b} <= set(partners) else SILENT
+        return _relation(origin, state, partners, k)
 
     return tuple(status(*fact) for fact in facts(origin))
 

@@ -65,16 +65,12 @@ class Survival:
     high: np.ndarray
     resamples: np.ndarray
     n: int
-
-    @property
-    def _same(self) -> bool:
-        """Whether all resamples are alike: the steps' own intervals then stand in for what they would show."""
-        return bool(np.ptp(self.resamples, axis=0).max() < 1e-9)
+    alike: bool = False  # whether at every step all keep everything, or none anything: resamples then tell less than the steps
 
     def mean(self) -> Estimate:
         """Mean over the steps."""
         low, high = np.quantile(self.resamples.mean(1), [0.025, 0.975])
-        if self._same:
+        if self.alike:
             low, high = self.low.mean(), self.high.mean()
         return Estimate(float(self.value.mean()), float(low), float(high), self.n)
 
@@ -82,7 +78,7 @@ class Survival:
         """This mean less that of another curve of the *same* items, whose resamples are then the same draws of them."""
         assert self.resamples.shape == other.resamples.shape and self.n == other.n, "curves of other items, steps or runs"
         low, high = np.quantile(self.resamples.mean(1) - other.resamples.mean(1), [0.025, 0.975])
-        if self is not other and self._same and other._same:
+        if self is not other and self.alike and other.alike:
             low, high = self.mean().low - other.mean().high, self.mean().high - other.mean().low
         return Estimate(float(self.value.mean() - other.value.mean()), float(low), float(high), self.n)
 
@@ -91,7 +87,7 @@ class Survival:
         end, found, drawn = float(len(self.value)), float(half_life(self.value)), half_life(self.resamples)
         low = float(np.quantile(drawn, 0.025, method="lower"))  # infinite ones cannot be interpolated
         high = float(np.quantile(drawn, 0.975, method="higher"))
-        if self._same:
+        if self.alike:
             low, high = float(half_life(self.low)), float(half_life(self.high))
         return HalfLife(min(found, end), min(low, end), high, self.n, not np.isfinite(found))
 
@@ -176,7 +172,7 @@ def survival(kept: np.ndarray, floor: np.ndarray, ceiling: np.ndarray, n_resampl
     with np.errstate(divide="ignore", invalid="ignore"):
         low = np.where(perfect, (wilson(n, n)[0] - f) / (ceiling.mean() - f), low)
         high = np.where(nothing, (wilson(0, n)[1] - f) / (ceiling.mean() - f), high)
-    return Survival(value, low, high, resamples, n)
+    return Survival(value, low, high, resamples, n, bool((perfect | nothing).all()))
 
 
 def refuse_narrow(ceiling: float, floors: Any) -> None:

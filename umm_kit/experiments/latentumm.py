@@ -103,6 +103,7 @@ def of_drift(found: Drift) -> dict[str, list[float]]:
     - ``told``: facts in the caption after one cycle, right or wrong, things and their number among them.
       ``distinct``: 1 / the number of items with the same last caption.
     """
+    found.survival()  # or the reason why there is none
     kept, floor, ceiling = found.shares(WHOLE)
     gap = ceiling.mean() - floor.mean((0, 2))
     survival = ((kept - floor) / gap[None, :, None]).mean(0)

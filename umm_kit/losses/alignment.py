@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from umm_kit.losses.factorization import alignment, gathered
+from umm_kit.losses.factorization import NotFinite, alignment, gathered
 
 GUARDS = ("none", "vicreg", "infonce")
 PARTS = ("modal", "capacity", "target", "variance", "covariance", "infonce")
@@ -153,7 +153,7 @@ def _checked(name: str, *sides: Tensor) -> list[Tensor]:
         came = " and ".join(f"{tuple(z.shape)} of {z.dtype}" for z in sides)
         raise ValueError(f"{name} is {came}; expected floats [N, d]{', the same shape on both sides' * (len(sides) > 1)}")
     if not all(bool(torch.isfinite(z).all()) for z in sides):
-        raise ValueError(f"{name} holds NaN or infinite numbers; expected finite ones: the model that made them has diverged")
+        raise NotFinite(f"{name} holds NaN or infinite numbers; expected finite ones: the model that made them has diverged")
     kind = torch.float32
     for z in sides:
         kind = torch.promote_types(kind, z.dtype)

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from umm_kit.losses.factorization import NotFinite
+
 
 @dataclass(frozen=True)
 class Preference:
@@ -53,7 +55,7 @@ def _checked_scores(scores: Tensor) -> None:
     if scores.ndim != 2 or scores.shape[1] < 2 or not len(scores):
         raise ValueError(f"scores are {tuple(scores.shape)}; expected [prompts, rollouts] with at least two rollouts of a prompt")
     if not bool(torch.isfinite(scores).all()):
-        raise ValueError("scores hold NaN or infinity; score a rollout that cannot be read as the worst, and not as NaN")
+        raise NotFinite("scores hold NaN or infinity; score a rollout that cannot be read as the worst, and not as NaN")
 
 
 def best_and_worst(
@@ -92,8 +94,9 @@ def dpo(
     term as in Pang et al. 2024, without their division by length). The gradient moves log p_w and log p_l apart and can lower
     *both*; alpha holds the chosen up, and ``chosen_shift`` tells.
 
-    Where a family has no likelihood: a bound under the same masks for all four (``MaskedUMM.image_log_prob``), or minus the
-    squared velocity error under the same time and noise for all four (:func:`velocity_score`; Wallace et al. 2024).
+    Where a family has no likelihood: a bound under the same masks for all four (``MaskedUMM.image_log_prob``), or minus half the
+    squared velocity error under the same levels and noise for all four (``FlowUMM.image_log_prob``; Wallace et al. 2024). Levels
+    are drawn with its ``SHIFT``, as in training: that is a reweighted surrogate of the likelihood's bound, and not the bound.
 
     Args:
         chosen, rejected: [B], nats, of the policy, with gradient. reference_*: [B], of the reference.
@@ -110,7 +113,7 @@ def dpo(
     if len({tuple(x.shape) for x in given}) > 1 or chosen.ndim != 1 or not len(chosen):
         raise ValueError(f"log-likelihoods are {[tuple(x.shape) for x in given]}; expected four of [B], B >= 1")
     if not all(bool(torch.isfinite(x).all()) for x in given):
-        raise ValueError("log-likelihoods hold NaN or infinity; was an answer impossible under a model?")
+        raise NotFinite("log-likelihoods hold NaN or infinity; was an answer impossible under a model?")
     if not beta > 0 or not alpha >= 0:
         raise ValueError(f"{beta=}, {alpha=}; expected beta > 0 and alpha >= 0")
     chosen_shift, rejected_shift = chosen - reference_chosen.detach(), rejected - reference_rejected.detach()
@@ -118,22 +121,3 @@ def dpo(
     told, nll = -nn.functional.logsigmoid(margin).mean(), -chosen.mean()
     detached = (x.detach() for x in (told, nll, margin, (margin > 0).float().mean(), chosen_shift, rejected_shift))
     return Preference(told + alpha * nll, *detached)
-
-
-def velocity_score(predicted: Float[Tensor, "B ..."], target: Float[Tensor, "B ..."]) -> Float[Tensor, " B"]:
-    """Stands for log-likelihood in :func:`dpo` where a head predicts velocities: minus the squared error, summed over dimensions.
-
-    -|| v(x_t, t) - (x_1 - x_0) ||^2  under one time t in [.02, 1] and one noise, the same for policy and reference, chosen and
-    rejected. With t uniform it is a reweighted surrogate of the likelihood's bound, and not the bound (Wallace et al. 2024).
-    ``FlowUMM.image_log_prob`` is half of it, averaged over draws: there a beta weighs half as much.
-
-    Raises:
-        ValueError: shapes differ.
-
-    Example:
-        >>> velocity_score(torch.ones(2, 3), torch.zeros(2, 3)).tolist()
-        [-3.0, -3.0]
-    """
-    if predicted.shape != target.shape or predicted.ndim < 2:
-        raise ValueError(f"velocities are {tuple(predicted.shape)} and {tuple(target.shape)}; expected two of the same [B, ...]")
-    return -(predicted - target).square().flatten(1).sum(1)

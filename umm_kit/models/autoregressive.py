@@ -50,6 +50,7 @@ class AutoregressiveUMM(CausalUMM, OwnUMM):
         d = config.hidden_size
         gated = -(-config.mlp_ratio * d * 2 // 48) * 16  # three matrices with as many weights as the two of a plain MLP
         sizes = dict(hidden_size=d, intermediate_size=gated, num_hidden_layers=config.num_layers, pad_token_id=0)
+        self.longest = config.max_text - 3  # what it writes can be drawn: three words more stand around a caption
         longest = 4 * (config.max_text + self.grid[0] * self.grid[1])
         self.transformer: Any = LlamaModel(
             LlamaConfig(

@@ -60,6 +60,7 @@ class CausalUMM(DrawsCodes, nn.Module):
     seen_grid: tuple[int, int]
     image_size: int
     pad: int
+    longest: int = 2**31  # of texts that it writes, in words
 
     # --- what a family says of itself ---
 
@@ -263,7 +264,7 @@ class CausalUMM(DrawsCodes, nn.Module):
         cache, x = DynamicCache(), self._embed(ids, self.see(images.to(self.device), codes))
         said: list[list[int]] = [[] for _ in range(len(images))]
         ended = torch.zeros(len(images), dtype=torch.bool)
-        for _ in range(decoding.max_new_tokens):
+        for _ in range(min(decoding.max_new_tokens, self.longest)):
             logits = self.text_head(self._run(x, real, cache=cache)[0][:, -1]).float()
             chosen = decoding.word(logits, generator)
             ended |= chosen == self.words.eos_token_id

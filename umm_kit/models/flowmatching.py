@@ -211,8 +211,8 @@ class FlowUMM(Draws, OmniUMM):
         """Surrogate of a log-likelihood [B], with gradient (higher = more likely): minus half the squared error of the velocity,
         summed over tokens and channels, its mean over ``draws`` of level and noise.
 
-        With levels as in training it is a reweighted bound and no likelihood (Diffusion-DPO's surrogate); two images, or two
-        models, are to be compared under one generator's draws. ``masks`` change nothing.
+        Levels are drawn with ``SHIFT`` as in training: a reweighted surrogate (Diffusion-DPO's), no likelihood and not its bound;
+        two images, or two models, are to be compared under one generator's draws. ``masks`` change nothing.
         """
         if (images is None) == (codes is None):
             raise ValueError("expected images or codes, one of them")

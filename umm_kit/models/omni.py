@@ -219,6 +219,7 @@ class OmniUMM(OwnUMM):
         said: list[list[int]] = [[] for _ in range(b)]
         ended = torch.zeros(b, dtype=torch.bool, device=device)
         token = prompt[:, 0]
+        room = (self.config.max_text - 1 - asked.clamp(min=2)).clamp(max=decoding.max_new_tokens).tolist()  # to be read again
         for position in range(self.config.max_text):
             x = self._embed_text(token[:, None], torch.tensor([position], device=device))
             everything = torch.ones(b, 1, 2 + n + position + 1, dtype=torch.bool, device=device)
@@ -230,7 +231,7 @@ class OmniUMM(OwnUMM):
             ended |= speaking & (chosen == eos)
             for row in torch.nonzero(speaking & ~ended)[:, 0].tolist():
                 said[row].append(int(chosen[row]))
-                ended[row] = len(said[row]) >= decoding.max_new_tokens
+                ended[row] = len(said[row]) >= room[row]
             if bool(ended.all()):
                 break
             following = prompt[:, min(position + 1, prompt.shape[1] - 1)]

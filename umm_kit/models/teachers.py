@@ -191,21 +191,25 @@ class EmbeddingTable:
 
     @classmethod
     def load(cls, file: str | Path) -> EmbeddingTable:
-        """What :meth:`save` wrote; or an Arrow or Parquet file with columns id, text and image (lists of numbers)."""
+        """What :meth:`save` wrote; or an Arrow, Feather or Parquet file with columns id, text and image (lists of numbers)."""
         file = Path(file)
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as content:
                     ids = json.loads((content.metadata() or {})["ids"])
-                    return cls(ids, content.get_tensor("text"), content.get_tensor("image"))
-            from datasets import Dataset
+                    text, image = content.get_tensor("text"), content.get_tensor("image")
+            else:
+                from pyarrow import OSFile, ipc, parquet
 
-            rows: Mapping[str, Any] = (Dataset.from_parquet if file.suffix == ".parquet" else Dataset.from_file)(str(file))[:]  # type: ignore[operator]
-            return cls(rows["id"], torch.tensor(rows["text"]), torch.tensor(rows["image"]))
-        except (OSError, KeyError, SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{file} holds no table of embeddings ({error}); expected ids, and text and image vectors"
-            ) from error
+                with OSFile(str(file)) as source:
+                    arrow = ipc.open_file if source.read(6) == b"ARROW1" else ipc.open_stream
+                    source.seek(0)
+                    found = parquet.read_table(source) if file.suffix == ".parquet" else arrow(source).read_all()
+                rows = found.to_pydict()
+                ids, text, image = rows["id"], torch.tensor(rows["text"]), torch.tensor(rows["image"])
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{file} holds no table of embeddings ({error}); expected ids, text and image vectors") from error
+        return cls(ids, text, image)
 
 
 def embeddings(teacher: Teacher | EmbeddingTable, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import signal
 import tempfile
 import threading
@@ -30,12 +31,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
 from umm_kit.data.shapes import hash_uniform, stream_key
-from umm_kit.models.base import bf16_is_faster, resolve_device
+from umm_kit.models.base import bf16_is_faster, checksum, resolve_device
 from umm_kit.records import command, machine, versions, write_json
 
 logger = logging.getLogger(__name__)
 
 EMA_FILE = "ema.safetensors"
+_FREE = re.compile(r"output_dir|resume|run_name|report_to|disable_tqdm|(logging|log|save|dataloader)_.*")  # may change on resume
 ENDLESS = 2**32  # a data set of this length makes its examples on demand and is never walked to its end
 
 
@@ -267,6 +269,9 @@ class UMMTrainer(Trainer):
     """transformers.Trainer with Muon, EMA, part losses in the log, and sequential (already random) streams."""
 
     shards = False  # whether it touches weights in the model's forward pass alone, as FSDP needs
+    umm: Any  # of trainers that go on from a model: that, and its data
+    data: Any
+    _base: int | None = None  # checksum of the model as it came
 
     def __init__(self, model: nn.Module, args: UMMArguments, **kwargs: Any):
         self._parts: dict[str, list[float]] = {}
@@ -335,8 +340,8 @@ class UMMTrainer(Trainer):
             file = Path(str(self.args.output_dir)) / "not_finite.safetensors"
             save_batch(inputs, file)
             raise ValueError(
-                f"{error}; the batch is kept in {file}. Nothing saved before is lost: lower the learning rate, or look at that "
-                "batch, then go on from the last checkpoint with --resume True"
+                f"{error}; the batch of step {self.state.global_step} is kept in {file}. Nothing saved before is lost: lower the "
+                "learning rate, or look at that batch, then go on from the last checkpoint with --resume True"
             ) from error
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
@@ -411,6 +416,23 @@ class UMMTrainer(Trainer):
         self.gather(model)
         if self.is_world_process_zero():
             model.eval().save_pretrained(str(folder))
+
+    def claim_folder(self, file: str) -> None:
+        """Write configuration, the model's checksum and what the data are to the folder; refuse one where others began."""
+        about = Path(str(self.args.output_dir)) / file
+        names = [n for n in type(self.args).__dataclass_fields__ if not _FREE.fullmatch(n)]
+        wanted = {n: v for n in names if isinstance(v := getattr(self.args, n), bool | int | float | str | list)}
+        defaults = defaults_of(type(self.args))  # type: ignore[arg-type]
+        begun = {n: getattr(defaults, n) for n in wanted}  # for options that an earlier release did not have
+        self._base = checksum(self.umm) if self._base is None else self._base
+        examples = re.sub(" at 0x[0-9a-f]+", "", repr(self.data))[:200]  # an address says nothing of what is in there
+        came: dict[str, Any] = {"model's checksum": self._base, "examples": f"{examples}, {len(self.data)} in all"}
+        wanted |= came
+        begun = begun | came | json.loads(about.read_text()) if about.exists() else wanted
+        if changed := [f"{n} {begun.get(n)} (now {v})" for n, v in wanted.items() if begun.get(n) != v]:
+            raise ValueError(f"{about.parent} holds a run with another configuration: {', '.join(changed)}; choose another")
+        if self.is_world_process_zero():
+            write_json(about, wanted)
 
     def fit(self) -> None:
         """Train, from the last whole checkpoint when ``args.resume``; an interrupt saves one before it ends."""

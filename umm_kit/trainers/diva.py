@@ -27,9 +27,7 @@ The last two are of the steps that are logged alone, all others means since the 
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -42,10 +40,10 @@ from torch.distributed.tensor import DTensor
 from transformers import set_seed
 
 from umm_kit.losses.factorization import UniqueCritic
-from umm_kit.models.base import checksum, scores_of
+from umm_kit.models.base import scores_of
 from umm_kit.models.factors import FLOWS, FactorEncoders, FactorEncodersConfig, Factors, Readouts, middle_layers
 from umm_kit.records import write_json
-from umm_kit.trainers.base import Stream, UMMTrainer, defaults_of, post_train, reshard, run_record, world_mean
+from umm_kit.trainers.base import Stream, UMMTrainer, post_train, reshard, run_record, world_mean
 from umm_kit.trainers.stages import (
     BackboneStage,
     EncoderStage,
@@ -64,7 +62,6 @@ from umm_kit.trainers.variants import DIVAConfig
 logger = logging.getLogger(__name__)
 EXTRAS_FILE = "extras.pt"  # of a checkpoint: critics with their optimizers, and the queue of earlier targets
 _QUIET, _LOUD = 0.01, 0.9  # shares of the gradient below and above which a term is called out
-_FREE = re.compile(r"output_dir|resume|run_name|report_to|disable_tqdm|(logging|log|save|dataloader)_.*")  # may change on resume
 
 
 class _StageTrainer(UMMTrainer):
@@ -140,7 +137,6 @@ class DIVATrainer(_StageTrainer):
         if encoders is not None and encoders.config.hidden_size != model.hidden_size:
             raise ValueError(f"the encoders read width {encoders.config.hidden_size}, the model has {model.hidden_size}")
         self.umm, self.layers, self.encoders, self.data = model, layers, encoders, train_dataset
-        self._base: int | None = None  # checksum of the model as it came
         self._given = kwargs.get("callbacks")  # both stages have them
         self._warned: set[tuple[str, int]] = set()
         stage = BackboneStage(model, encoders, layers, args)
@@ -166,7 +162,7 @@ class DIVATrainer(_StageTrainer):
 
     def warm_up(self) -> FactorEncoders:
         """Encoders for the present backbone: finished ones of this folder, or stage 1 from its last checkpoint on."""
-        self._claim_folder()
+        self.claim_folder("diva.json")
         folder, config = Path(str(self.args.output_dir)), self.args
         finished = folder / "encoders"
         sizes = {"hidden_size": self.umm.hidden_size, "factor_size": config.factor_size, "kind": config.encoder}
@@ -219,7 +215,7 @@ class DIVATrainer(_StageTrainer):
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Both stages; the model's parameters ask for gradients afterwards as they did before."""
-        self._claim_folder()
+        self.claim_folder("diva.json")
         adapting: Any = nullcontext()
         try:
             if self.args.factors:
@@ -241,25 +237,6 @@ class DIVATrainer(_StageTrainer):
         if self.args.train_encoders and self.encoders is not None:
             self.save_whole(self.encoders, Path(str(self.args.output_dir)) / "encoders")
         return done
-
-    def _claim_folder(self) -> None:
-        """Write configuration, checksum of the model and description of the data to the folder; refuse one where others began."""
-        about = Path(str(self.args.output_dir)) / "diva.json"
-        names = [n for n in type(self.args).__dataclass_fields__ if not _FREE.fullmatch(n)]
-        wanted = {n: v for n in names if isinstance(v := getattr(self.args, n), bool | int | float | str | list)}
-        defaults = defaults_of(type(self.args))  # type: ignore[arg-type]
-        begun = {n: getattr(defaults, n) for n in wanted}  # for options that an earlier release did not have
-        self._base = checksum(self.umm) if self._base is None else self._base
-        examples = re.sub(" at 0x[0-9a-f]+", "", repr(self.data))[:200]  # an address says nothing of what is in there
-        came: dict[str, Any] = {"model's checksum": self._base, "examples": f"{examples}, {len(self.data)} in all"}
-        wanted |= came
-        begun = begun | came | json.loads(about.read_text()) if about.exists() else wanted
-        if changed := [f"{n} {begun.get(n)} (now {v})" for n, v in wanted.items() if begun.get(n) != v]:
-            raise ValueError(
-                f"{about.parent} holds a run with another configuration: {', '.join(changed)}; choose another folder"
-            )
-        if self.is_world_process_zero():
-            write_json(about, wanted)
 
     def _ramp(self) -> float:
         steps = self.args.ramp_share * self.args.max_steps

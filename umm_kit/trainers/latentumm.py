@@ -30,6 +30,7 @@ from umm_kit.models.teachers import EmbeddingTable, Teacher, embeddings, load_te
 from umm_kit.records import write_json
 from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, post_train, run_record
 from umm_kit.trainers.preference import PreferenceConfig, PreferenceTrainer, Step
+from umm_kit.trainers.stages import captions_of
 from umm_kit.trainers.variants import take_variant, varied
 
 logger = logging.getLogger(__name__)
@@ -70,9 +71,7 @@ class AlignerConfig(UMMArguments):
     @classmethod
     def tiny(cls, **changes: Any) -> AlignerConfig:
         """Under a minute on a laptop: a narrower map at a higher rate. Its terms are the release's unless changed."""
-        small: dict[str, Any] = dict(
-            hidden_size=128, num_heads=4, max_steps=300, learning_rate=1e-3, per_device_train_batch_size=128
-        )
+        small: Any = dict(hidden_size=128, num_heads=4, max_steps=300, learning_rate=1e-3, per_device_train_batch_size=128)
         return cls(**{**small, "logging_steps": 10, **changes})
 
 
@@ -314,7 +313,7 @@ class LatentUMMTrainer(PreferenceTrainer):
             raise ValueError(f"{type(model).__name__} has no {', '.join(missing)}; LatentUMM's {args.variant} form needs it")
         if "regenerate" in needs:  # who cannot says so here, and not after the first drawings
             with torch.no_grad():
-                model.regenerate([train_dataset[0]["texts"]], [])
+                model.regenerate(captions_of([train_dataset[0]]), [])
         self.teacher = None
         if args.target_weight:
             self.teacher = open_teacher(args.teacher) if teacher is None else teacher

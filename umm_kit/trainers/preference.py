@@ -29,7 +29,7 @@ from umm_kit.losses.preference import best_and_worst, dpo
 from umm_kit.models.base import Decoding, FlowOutput, checksum, elbo_masks
 from umm_kit.models.factors import FLOWS
 from umm_kit.trainers.base import PostTrainArguments, Stream, UMMTrainer, post_train
-from umm_kit.trainers.stages import FlowCollator, Flows, adapters
+from umm_kit.trainers.stages import FlowCollator, Flows, adapters, captions_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,7 @@ class PreferenceConfig(PostTrainArguments):
     rollouts: int = HfArg(default=4, help="K: drawings of each.")
     temperature: float = HfArg(default=1.0, help="Of drawing.")
     drawing_steps: int = HfArg(default=8, help="Rounds of masked prediction in a drawing.")
-    threshold: float = HfArg(
-        default=0.02, help="Best and worst must differ by more, in nats per word of the reader, to be a pair."
-    )
+    threshold: float = HfArg(default=0.02, help="Best and worst must differ by more nats per word of the reader to be a pair.")
     pairs: int = HfArg(default=16, help="Pairs in each step.")
     draws: int = HfArg(default=8, help="Masks behind each likelihood (see elbo_masks).")
     beta: float = HfArg(default=0.05, help="How strongly DPO ties the model to its frozen copy.")
@@ -135,7 +133,7 @@ class PreferenceTrainer(UMMTrainer):
 
     Raises:
         ValueError: no prompt of the first round has a pair (lower the threshold, or draw at a higher temperature); a cache of
-            another run.
+            another run, or a run that is resumed with another configuration, model or data.
     """
 
     def __init__(self, model: Any, args: PreferenceConfig, train_dataset: Any, step: Step | None = None, **kwargs: Any):
@@ -153,7 +151,7 @@ class PreferenceTrainer(UMMTrainer):
         stream = Stream(train_dataset, length, args.seed)
         super().__init__(step or Step(model), args, train_dataset=stream, data_collator=collator, **kwargs)
         self._frozen[0].to(args.device)
-        self._place, self._whose = (-1, -1), checksum(self._frozen[0])
+        self._place, self._base = (-1, -1), checksum(self._frozen[0])
 
     # --- rollouts ---
 
@@ -170,9 +168,9 @@ class PreferenceTrainer(UMMTrainer):
         size = max(1, 64 // args.rollouts)
         for start in range(0, args.prompts, size):
             places = range(number * args.prompts + start, number * args.prompts + min(start + size, args.prompts))
-            texts, file = [item["texts"] for item in stream.__getitems__(places)], folder / f"{start}.safetensors"
+            texts, file = captions_of(stream.__getitems__(places)), folder / f"{start}.safetensors"
             made_of = {
-                "model": self._whose, "texts": zlib.crc32("\n".join(texts).encode()), "seed": args.seed,
+                "model": self._base, "texts": zlib.crc32("\n".join(texts).encode()), "seed": args.seed,
                 "rollouts": args.rollouts, "temperature": args.temperature, "drawing_steps": args.drawing_steps,
             }  # fmt: skip
             if not (part := self._kept(file, made_of)):
@@ -223,7 +221,9 @@ class PreferenceTrainer(UMMTrainer):
         if not self.args.resume and resume_from_checkpoint is None:
             if self.is_world_process_zero():
                 shutil.rmtree(Path(str(self.args.output_dir)) / "rollouts", ignore_errors=True)
+                Path(str(self.args.output_dir), "preference.json").unlink(missing_ok=True)
             self.accelerator.wait_for_everyone()
+        self.claim_folder("preference.json")
         adapting: Any = nullcontext()
         if self.args.lora_rank:
             kept = Path(str(self.args.output_dir)) / "adapter" if self.is_world_process_zero() else None

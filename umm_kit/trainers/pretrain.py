@@ -52,9 +52,7 @@ class PretrainConfig(UMMArguments):
     )
     data: str = HfArg(default="shapes", help="'shapes', 'digits' or an image-text folder.")
     texture: str = HfArg(default="mid", help="Entropy of the scenes' patch texture: 'none', 'mid' or 'high'.")
-    asymmetric: bool = HfArg(
-        default=False, help="Scenes with a composition of data.shapes.ONE_FLOW are shown to that flow alone."
-    )
+    asymmetric: bool = HfArg(default=False, help="Scenes with a composition of data.shapes.ONE_FLOW are shown to its flow alone.")
     hidden_size: int = 128
     num_layers: int = 10
     num_heads: int = 4

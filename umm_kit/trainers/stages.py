@@ -40,7 +40,7 @@ class FlowCollator:
         numbers, places = [item["number"] for item in items], [item["index"] for item in items]
         anchor = np.array([not self.replay_every or k % self.replay_every != self.replay_every - 1 for k in numbers])
         prompts: list[str | None] = [None] * len(items)
-        said, drawn = [item["texts"] for item in items], [item["texts"] for item in items]
+        said, drawn = captions_of(items), captions_of(items)
         mask = masks_by_id([str(k) for k in numbers], self.grid, MASK_RATIO, self.config.mask_layout, self.config.seed)
         for i in np.flatnonzero(~anchor):
             mask[i] = True
@@ -54,6 +54,13 @@ class FlowCollator:
             "prompts": prompts, "said": said, "drawn": drawn, "mask": mask,
             "anchor": torch.from_numpy(anchor), "places": torch.tensor(places), "facts": torch.from_numpy(facts_of(items)),
         }  # fmt: skip
+
+
+def captions_of(items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What items say; a ValueError where one says nothing."""
+    if mute := [item["id"] for item in items if not str(item["texts"] or "").strip()]:
+        raise ValueError(f"items {mute[:3]} have no caption; expected words for each: leave them out, or write captions")
+    return [item["texts"] for item in items]
 
 
 def facts_of(items: Sequence[Mapping[str, Any]]) -> np.ndarray:
