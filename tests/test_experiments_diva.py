@@ -96,6 +96,17 @@ def test_bases_that_disagree_are_no_verdict():
     assert (diva.by_category(found, "diva", "sft_all").verdict == "undecided").all()
 
 
+def test_a_rival_that_has_just_begun_takes_no_verdict_away():
+    found = records(base=0, sft_all=0.02, sft_middle=0.01, diva=0.05)
+    before = comparison.verdict(diva.STUDY.effects(found), "diva")
+    found |= {r["name"]: r for r in runs("sft_all_examples", 0.04, seeds=(0,), bases=("a",))}
+    after = comparison.verdict(diva.STUDY.effects(found), "diva")
+    assert before.equals(after) and set(after.verdict) == {"yes"} and set(after.rival) == {"sft_all"}
+    found |= {r["name"]: r for r in runs("sft_all_examples", 0.04, seeds=(0,), bases=("b",))}
+    done = comparison.verdict(diva.STUDY.effects(found), "diva")  # on every base; fewer seeds are by design
+    assert set(done.rival) == {"sft_all_examples"} and done.over_sft.to_numpy() == pytest.approx(0.01, abs=0.003)
+
+
 def test_differences_pair_what_was_trained_with_one_seed():
     found = records(base=0, diva=0.1)
     del found["a, diva, 1"]

@@ -263,15 +263,15 @@ def differences(records: Records, arm: str, other: str, metric: str) -> list[lis
 
 
 def better(records: Records, metric: str, rivals: Iterable[str]) -> str:
-    """The rival with the highest mean of an endpoint (the lowest of a loss)."""
-    sign = -1 if metric.endswith("_loss") else 1
-    found = {
-        name: np.mean([np.mean(r["items"][metric]) for r in records.values() if r["arm"] == name])
-        for name in rivals
-        if any(r["arm"] == name for r in records.values())
-    }
-    if not found:
-        raise ValueError(f"no run of {tuple(rivals)} has a record; nothing can be compared with fine-tuning")
+    """The rival with the highest mean of an endpoint (the lowest of a loss), among those that have the most base models: one that
+    has just begun is compared with nothing."""
+    sign, rivals = -1 if metric.endswith("_loss") else 1, tuple(rivals)
+    bases = {name: {r["base"] for r in records.values() if r["arm"] == name} for name in rivals}
+    most = max(map(len, bases.values()), default=0)
+    if not most:
+        raise ValueError(f"no run of {rivals} has a record; nothing can be compared with fine-tuning")
+    some = [name for name in rivals if len(bases[name]) == most]
+    found = {name: np.mean([np.mean(r["items"][metric]) for r in records.values() if r["arm"] == name]) for name in some}
     return max(found, key=lambda name: sign * found[name])
 
 
