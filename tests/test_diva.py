@@ -735,6 +735,24 @@ def test_a_full_disk_is_named_for_the_extras_too(model, tmp_path, monkeypatch):
         trainer._save_checkpoint(trainer.model, None)
 
 
+@pytest.mark.parametrize("random", [True, False])
+def test_encoders_on_a_full_disk_are_not_taken_for_finished(saved, tmp_path, monkeypatch, random):
+    def full(self, folder):
+        self.config.save_pretrained(folder)  # as transformers does: the weights come last
+        raise OSError("No space left on device")
+
+    made = lambda folder: DIVATrainer(load(saved, device="cpu"), config(folder, random_encoders=random), DATA)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(FactorEncoders, "save_pretrained", full)
+        with pytest.raises(OSError, match=r"encoders.part could not be written \(No space left.*make room.*--resume True"):
+            made(tmp_path / "full").warm_up()
+    again, whole = weights(made(tmp_path / "full").warm_up()), weights(made(tmp_path / "whole").warm_up())
+    assert all(torch.equal(p, again[name]) for name, p in whole.items())
+    kept = FactorEncoders.from_pretrained(tmp_path / "full/encoders").state_dict()
+    assert all(torch.equal(p, kept[name]) for name, p in whole.items())
+    assert not (tmp_path / "full/encoders.part").exists()
+
+
 def test_a_folder_belongs_to_its_model_its_data_and_its_configuration(saved, tmp_path):
     """Also for warm_up alone; what says nothing of the result may change."""
     model = load(saved, device="cpu")

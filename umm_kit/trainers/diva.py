@@ -30,12 +30,14 @@ import copy
 import json
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -179,8 +181,7 @@ class DIVATrainer(_StageTrainer):
         set_seed(config.seed)
         encoders = FactorEncoders(FactorEncodersConfig(**sizes))
         if config.random_encoders:
-            if self.is_world_process_zero():
-                encoders.save_pretrained(finished)
+            _keep(self, encoders, finished)
             return encoders
         first = {**self.data[0], "number": 0, "index": 0}  # one example, to see how wide the logits are
         with torch.no_grad():
@@ -206,7 +207,7 @@ class DIVATrainer(_StageTrainer):
             if config.stage1_penalty and config.unique_weight:
                 trainer.critics = new_critics(config.factor_size, len(self.layers), config)
             trainer.fit()
-        trainer.save_whole(encoders, finished)
+        _keep(trainer, encoders, finished)
         if trainer.is_world_process_zero():
             write_json(folder / "stage1/run.json", run_record(args, trainer.seconds(), trainer.state.log_history))
         if plugin is not None:
@@ -239,7 +240,7 @@ class DIVATrainer(_StageTrainer):
             for p, before in self._trainable:
                 p.requires_grad_(before)
         if self.args.train_encoders and self.encoders is not None:
-            self.save_whole(self.encoders, Path(str(self.args.output_dir)) / "encoders")
+            _keep(self, self.encoders, Path(str(self.args.output_dir)) / "encoders")
         return done
 
     def _claim_folder(self) -> None:
@@ -361,6 +362,18 @@ class DIVATrainer(_StageTrainer):
                 facts = paired(batch["facts"][batch["anchor"]], flow, self.args)
                 old = self.queues.get((k, flow), (new[:0], facts[:0]))
                 self.queues[k, flow] = tuple(torch.cat(p)[-most:] for p in zip(old, (new, facts), strict=True))  # type: ignore[assignment]
+
+
+def _keep(trainer: UMMTrainer, encoders: FactorEncoders, folder: Path) -> None:
+    """Write encoders under their name when they are whole: what lies there is taken for finished."""
+    part = folder.with_name("encoders.part")
+    try:
+        trainer.save_whole(encoders, part)
+        if trainer.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{part} could not be written ({error}); make room, then go on with --resume True") from error
 
 
 @contextmanager
