@@ -777,6 +777,31 @@ def test_a_folder_belongs_to_its_model_its_data_and_its_configuration(saved, tmp
         DIVATrainer(load(saved, device="cpu"), config(tmp_path, encoder="linear"), DATA).warm_up()
 
 
+def test_a_folder_belongs_to_its_examples_and_to_encoders_that_were_given(saved, tmp_path):
+    """Also where data look alike, and whether encoders were given at all; of an older folder what is known decides."""
+    drawn = [FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=32)) for _ in range(2)]
+
+    def begin(encoders=drawn[0], data=DATA):
+        DIVATrainer(load(saved, device="cpu"), config(tmp_path), data, encoders)._claim_folder()
+
+    begin()
+    begin()
+    for others in (Shapes("train", n=4096, style="list"), Shapes("train", n=4096, nuisance_seed=5)):
+        assert repr(others) == repr(DATA)
+        with pytest.raises(ValueError, match=r"another configuration: first example \S+ \(now \S+\); choose another folder"):
+            begin(data=others)
+    with pytest.raises(ValueError, match=r"another configuration: checksum of given encoders \d+ \(now \d+\); choose"):
+        begin(drawn[1])
+    with pytest.raises(ValueError, match=r"checksum of given encoders \d+ \(now None\)"):
+        begin(None)
+    about = tmp_path / "diva.json"
+    known = {n: v for n, v in json.loads(about.read_text()).items() if n not in ("first example", "checksum of given encoders")}
+    about.write_text(json.dumps(known))
+    begin(drawn[1])
+    with pytest.raises(ValueError, match=r"checksum of given encoders \d+ \(now \d+\)"):
+        begin()
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------
 
 

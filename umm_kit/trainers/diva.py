@@ -143,6 +143,7 @@ class DIVATrainer(_StageTrainer):
             raise ValueError(f"the encoders read width {encoders.config.hidden_size}, the model has {model.hidden_size}")
         self.umm, self.layers, self.encoders, self.data = model, layers, encoders, train_dataset
         self._base: int | None = None  # checksum of the model as it came
+        self._came = None if encoders is None else checksum(encoders)
         self._given = kwargs.get("callbacks")  # both stages have them
         self._warned: set[tuple[str, int]] = set()
         stage = BackboneStage(model, encoders, layers, args)
@@ -244,7 +245,7 @@ class DIVATrainer(_StageTrainer):
         return done
 
     def _claim_folder(self) -> None:
-        """Write configuration, checksum of the model and description of the data to the folder; refuse one where others began."""
+        """Write configuration, checksums and a description of the data to the folder; refuse one where others began."""
         about = Path(str(self.args.output_dir)) / "diva.json"
         names = [n for n in type(self.args).__dataclass_fields__ if not _FREE.fullmatch(n)]
         wanted = {n: v for n in names if isinstance(v := getattr(self.args, n), bool | int | float | str | list)}
@@ -253,6 +254,7 @@ class DIVATrainer(_StageTrainer):
         self._base = checksum(self.umm) if self._base is None else self._base
         examples = re.sub(" at 0x[0-9a-f]+", "", repr(self.data))[:200]  # an address says nothing of what is in there
         came: dict[str, Any] = {"model's checksum": self._base, "examples": f"{examples}, {len(self.data)} in all"}
+        came |= {"first example": str(self.data[0].get("id")), "checksum of given encoders": self._came}
         wanted |= came
         begun = begun | came | json.loads(about.read_text()) if about.exists() else wanted
         if changed := [f"{n} {begun.get(n)} (now {v})" for n, v in wanted.items() if begun.get(n) != v]:
