@@ -139,8 +139,9 @@ class DIVATrainer(_StageTrainer):
         layers = list(args.layers) or middle
         if bad := [layer for layer in layers if not 1 <= layer <= model.num_layers]:
             raise ValueError(f"layers {bad} are outside the model, which has layers 1 to {model.num_layers}")
-        if encoders is not None and encoders.config.hidden_size != model.hidden_size:
-            raise ValueError(f"the encoders read width {encoders.config.hidden_size}, the model has {model.hidden_size}")
+        self._sizes = {"hidden_size": model.hidden_size, "factor_size": args.factor_size, "kind": args.encoder}
+        if encoders is not None:
+            self._fitting(encoders, "given", "set factor_size and encoder to theirs, or leave them out")
         self.umm, self.layers, self.encoders, self.data = model, layers, encoders, train_dataset
         self._base: int | None = None  # checksum of the model as it came
         self._came = None if encoders is None else checksum(encoders)
@@ -165,6 +166,12 @@ class DIVATrainer(_StageTrainer):
         if self.ema is not None:
             self.ema.restore = args.ema_role == "weights"
 
+    def _fitting(self, encoders: FactorEncoders, which: str, advice: str) -> FactorEncoders:
+        """The encoders, if model and configuration are of their sizes and kind."""
+        if (came := {name: getattr(encoders.config, name) for name in self._sizes}) != self._sizes:
+            raise ValueError(f"the encoders {which} are {came}; expected {self._sizes}: {advice}")
+        return encoders
+
     # --- stage 1 ---
 
     def warm_up(self) -> FactorEncoders:
@@ -172,15 +179,12 @@ class DIVATrainer(_StageTrainer):
         self._claim_folder()
         folder, config = Path(str(self.args.output_dir)), self.args
         finished = folder / "encoders"
-        sizes = {"hidden_size": self.umm.hidden_size, "factor_size": config.factor_size, "kind": config.encoder}
         if (finished / "config.json").exists():
             found = FactorEncoders.from_pretrained(finished, use_safetensors=True, local_files_only=True)
-            if (came := {name: getattr(found.config, name) for name in sizes}) != sizes:
-                raise ValueError(f"the encoders in {finished} are {came}; expected {sizes}: choose another folder")
-            return found.to(config.device)
+            return self._fitting(found, f"in {finished}", "choose another folder").to(config.device)
         self.umm.to(config.device)  # under FSDP nobody did
         set_seed(config.seed)
-        encoders = FactorEncoders(FactorEncodersConfig(**sizes))
+        encoders = FactorEncoders(FactorEncodersConfig(**self._sizes))
         if config.random_encoders:
             _keep(self, encoders, finished)
             return encoders
