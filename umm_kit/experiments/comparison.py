@@ -189,7 +189,7 @@ class Study:
     def run(self, preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
         """Train and judge every arm from every base with every seed that has no record yet."""
         ledger, folder = Ledger(Path(records), preset), Path(folder)
-        tuning = Ledger(Path(records).with_name(Path(records).stem + "-tuning.jsonl")).records()
+        tuning = Ledger(Path(records).with_name(Path(records).stem + "-tuning.jsonl"), preset).records()
         for name, base, seed in mine(self.runs(preset), part, lambda run: run_name(*run) in ledger.records()):
             model, content = load(base, device="cpu"), dict[str, Any]()
             if seed is not None:

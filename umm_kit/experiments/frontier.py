@@ -39,7 +39,7 @@ PRESETS = {"tiny": Preset(replace(diva.PRESETS["tiny"], seeds=(100,)))}
 def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
     """Train every arm from every base under every ratio that has no record yet."""
     ledger, folder = Ledger(Path(records), preset), Path(folder)
-    tuning = Ledger(Path(records).with_name("diva-tuning.jsonl")).records()
+    tuning = Ledger(Path(records).with_name("diva-tuning.jsonl"), preset.arms).records()
     runs: list[tuple[str, str, float, int | None]] = [("base", base, 1.0, None) for base in preset.arms.bases]
     runs += [
         (arm, base, ratio, seed)
