@@ -263,16 +263,14 @@ def differences(records: Records, arm: str, other: str, metric: str) -> list[lis
 
 
 def better(records: Records, metric: str, rivals: Iterable[str]) -> str:
-    """The rival with the highest mean of an endpoint (the lowest of a loss), among those that have the most base models: one that
-    has just begun is compared with nothing."""
+    """The rival with the highest mean of an endpoint (lowest of a loss), of those with most bases: others have just begun."""
     sign, rivals = -1 if metric.endswith("_loss") else 1, tuple(rivals)
     bases = {name: {r["base"] for r in records.values() if r["arm"] == name} for name in rivals}
     most = max(map(len, bases.values()), default=0)
     if not most:
         raise ValueError(f"no run of {rivals} has a record; nothing can be compared with fine-tuning")
-    some = [name for name in rivals if len(bases[name]) == most]
-    found = {name: np.mean([np.mean(r["items"][metric]) for r in records.values() if r["arm"] == name]) for name in some}
-    return max(found, key=lambda name: sign * found[name])
+    mean = lambda name: sign * np.mean([np.mean(r["items"][metric]) for r in records.values() if r["arm"] == name])  # noqa: E731
+    return max((name for name in rivals if len(bases[name]) == most), key=mean)
 
 
 def interval(tree: Sequence[Any]) -> tuple[Estimate, float]:
@@ -282,11 +280,11 @@ def interval(tree: Sequence[Any]) -> tuple[Estimate, float]:
     models. The rule frozen before the runs had the bootstrap alone; the other was added after them, to the careful side, because
     with three base models it called 15 to 23 % of simulated nulls.
     """
-    e, k = hierarchical_bootstrap(tree, shared_items=True), len(tree)
-    error = float(np.std([np.mean(base) for base in tree], ddof=1) / np.sqrt(k))
-    sure, often = (float(q) for q in stats.t.ppf([0.975, 0.8], k - 1))
-    detectable = max(2.8 * (e.high - e.low) / (2 * 1.96), (sure + often) * error)
-    return replace(e, low=min(e.low, e.value - sure * error), high=max(e.high, e.value + sure * error)), detectable
+    e = hierarchical_bootstrap(tree, shared_items=True)
+    error = stats.sem([np.mean(base) for base in tree])
+    half, more = (float(q * error) for q in stats.t.ppf([0.975, 0.8], len(tree) - 1))
+    low, high = min(e.low, e.value - half), max(e.high, e.value + half)
+    return replace(e, low=low, high=high), max(2.8 * (e.high - e.low) / (2 * 1.96), half + more)
 
 
 def effects(records: Records, endpoints: Sequence[str], rivals: Sequence[str]) -> pd.DataFrame:

@@ -37,12 +37,7 @@ _ORDER = list(_TABLE_2)[:5]
 PAPER_PAIRS: tuple[tuple[str, str, tuple[int, str], tuple[int, str]], ...] = (
     *(
         (a, b, (2, _TABLE_2[a]), (2, _TABLE_2[b]))
-        for a, b in [
-            ("base", "diva"),
-            ("sft", "diva"),
-            *itertools.pairwise(_ORDER),
-            *((arm, "diva") for arm in list(_TABLE_2)[5:]),
-        ]
+        for a, b in [("base", "diva"), ("sft", "diva"), *itertools.pairwise(_ORDER), *((c, "diva") for c in list(_TABLE_2)[5:])]
     ),
     ("unique_0.4", "diva", (4, "lambda_uni=0.4"), (4, "lambda_uni=0.6")),
     ("unique_0.8", "diva", (4, "lambda_uni=0.8"), (4, "lambda_uni=0.6")),

@@ -102,6 +102,18 @@ class _StageTrainer(UMMTrainer):
             for critic, saved in zip(self.critics, state["critics"], strict=True):
                 critic.load_state_dict(saved)
 
+    def _keep(self, encoders: FactorEncoders, folder: Path) -> FactorEncoders:
+        """Encoders that are given their name when they are whole: what lies there is taken for finished."""
+        part = folder.with_name("encoders.part")
+        try:
+            self.save_whole(encoders, part)
+            if self.is_world_process_zero():
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(f"{part} could not be written ({error}); make room, then go on with --resume True") from error
+        return encoders
+
 
 class EncoderTrainer(_StageTrainer):
     """Stage 1: shared factors alone for ``shared_only`` of the steps, then unique ones with them."""
@@ -186,8 +198,7 @@ class DIVATrainer(_StageTrainer):
         set_seed(config.seed)
         encoders = FactorEncoders(FactorEncodersConfig(**self._sizes))
         if config.random_encoders:
-            _keep(self, encoders, finished)
-            return encoders
+            return self._keep(encoders, finished)
         first = {**self.data[0], "number": 0, "index": 0}  # one example, to see how wide the logits are
         with torch.no_grad():
             u, g = Flows(self.umm)(self._prepare_inputs(FlowCollator(self.data, self.umm.grid, config, 0)([first])), [])
@@ -212,7 +223,7 @@ class DIVATrainer(_StageTrainer):
             if config.stage1_penalty and config.unique_weight:
                 trainer.critics = new_critics(config.factor_size, len(self.layers), config)
             trainer.fit()
-        _keep(trainer, encoders, finished)
+        trainer._keep(encoders, finished)
         if trainer.is_world_process_zero():
             write_json(folder / "stage1/run.json", run_record(args, trainer.seconds(), trainer.state.log_history))
         if plugin is not None:
@@ -245,7 +256,7 @@ class DIVATrainer(_StageTrainer):
             for p, before in self._trainable:
                 p.requires_grad_(before)
         if self.args.train_encoders and self.encoders is not None:
-            _keep(self, self.encoders, Path(str(self.args.output_dir)) / "encoders")
+            self._keep(self.encoders, Path(str(self.args.output_dir)) / "encoders")
         return done
 
     def _claim_folder(self) -> None:
@@ -262,9 +273,7 @@ class DIVATrainer(_StageTrainer):
         wanted |= came
         begun = begun | came | json.loads(about.read_text()) if about.exists() else wanted
         if changed := [f"{n} {begun.get(n)} (now {v})" for n, v in wanted.items() if begun.get(n) != v]:
-            raise ValueError(
-                f"{about.parent} holds a run with another configuration: {', '.join(changed)}; choose another folder"
-            )
+            raise ValueError(f"{about.parent} holds a run of another configuration: {', '.join(changed)}; choose another folder")
         if self.is_world_process_zero():
             write_json(about, wanted)
 
@@ -368,18 +377,6 @@ class DIVATrainer(_StageTrainer):
                 facts = paired(batch["facts"][batch["anchor"]], flow, self.args)
                 old = self.queues.get((k, flow), (new[:0], facts[:0]))
                 self.queues[k, flow] = tuple(torch.cat(p)[-most:] for p in zip(old, (new, facts), strict=True))  # type: ignore[assignment]
-
-
-def _keep(trainer: UMMTrainer, encoders: FactorEncoders, folder: Path) -> None:
-    """Write encoders under their name when they are whole: what lies there is taken for finished."""
-    part = folder.with_name("encoders.part")
-    try:
-        trainer.save_whole(encoders, part)
-        if trainer.is_world_process_zero():
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(f"{part} could not be written ({error}); make room, then go on with --resume True") from error
 
 
 @contextmanager
