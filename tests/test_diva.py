@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def test_stop_gradient_is_on_the_target(model):
 def test_without_stop_gradient_the_targets_are_the_models_own(model, tmp_path):
     """The averaged copy would stop the gradient all the same: the loss is then twice the symmetric form of the live factors."""
     encoders = FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=8))
-    settings = config(tmp_path, stop_gradient=False, unique_weight=0.0, ramp_share=0.0, ema_decay=0.9)
+    settings = config(tmp_path, stop_gradient=False, unique_weight=0.0, ramp_share=0.0, ema_decay=0.9, factor_size=8)
     trainer = DIVATrainer(model, settings, DATA, encoders)
     trainer.train()
     batch = batch_of(model, 8)
@@ -201,6 +202,18 @@ def test_without_factor_terms_it_is_fine_tuning(model, tmp_path):
     assert not (tmp_path / "encoders").exists() and trainer.encoders is None
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert "embedding.weight" in changed and not any(name.startswith("image_tokenizer") for name in changed)
+
+
+def test_orthogonality_alone_is_a_term_on_factors(model, tmp_path):
+    """It was dropped without a word: no encoders were made."""
+    alone = dict(shared_weight=0.0, unique_weight=0.0, stage2_orthogonality_weight=0.5, ramp_share=0.0)
+    trainer = DIVATrainer(model, config(tmp_path, **alone), DATA)
+    trainer.train()
+    assert trainer.encoders is not None and (tmp_path / "encoders").exists()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["orthogonality_loss"] > 0 for entry in log) and log[0]["orthogonality_gradient_share"] > 0
+    parts = log[0]["understanding_loss"] + log[0]["generation_loss"] + 0.5 * log[0]["orthogonality_loss"]
+    assert log[0]["loss"] == pytest.approx(parts, abs=1e-3)
 
 
 def test_reconstruction_draws_from_states_and_not_from_words(model, tmp_path):
@@ -700,7 +713,7 @@ def test_every_batch_that_is_not_finite_is_kept(saved, tmp_path):
         with pytest.raises(ValueError, match=r"kept in .*--resume True"):
             DIVATrainer(model, config(tmp_path / name, **options), DATA).train()
         assert (tmp_path / name / ("stage1" if name == "stage1" else "") / "not_finite.safetensors").exists()
-    encoders = FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=8))
+    encoders = FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=32))
     with torch.no_grad():
         encoders.shared["generation"].norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"vectors hold NaN.*kept in .*--resume True"):
@@ -729,10 +742,28 @@ def test_a_full_disk_is_named_for_the_extras_too(model, tmp_path, monkeypatch):
         raise RuntimeError("unexpected pos 64 vs 0")
 
     monkeypatch.setattr(torch, "save", full)
-    trainer = DIVATrainer(model, config(tmp_path), DATA, FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=8)))
+    trainer = DIVATrainer(model, config(tmp_path), DATA, FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=32)))
     with pytest.raises(OSError, match=r"could not be written \(unexpected pos.*--resume True"):
         trainer.critics = new_critics(8, 1, trainer.args)
         trainer._save_checkpoint(trainer.model, None)
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_encoders_on_a_full_disk_are_not_taken_for_finished(saved, tmp_path, monkeypatch, random):
+    def full(self, folder):
+        self.config.save_pretrained(folder)  # as transformers does: the weights come last
+        raise OSError("No space left on device")
+
+    made = lambda folder: DIVATrainer(load(saved, device="cpu"), config(folder, random_encoders=random), DATA)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(FactorEncoders, "save_pretrained", full)
+        with pytest.raises(OSError, match=r"encoders.part could not be written \(No space left.*make room.*--resume True"):
+            made(tmp_path / "full").warm_up()
+    again, whole = weights(made(tmp_path / "full").warm_up()), weights(made(tmp_path / "whole").warm_up())
+    assert all(torch.equal(p, again[name]) for name, p in whole.items())
+    kept = FactorEncoders.from_pretrained(tmp_path / "full/encoders").state_dict()
+    assert all(torch.equal(p, kept[name]) for name, p in whole.items())
+    assert not (tmp_path / "full/encoders.part").exists()
 
 
 def test_a_folder_belongs_to_its_model_its_data_and_its_configuration(saved, tmp_path):
@@ -757,6 +788,31 @@ def test_a_folder_belongs_to_its_model_its_data_and_its_configuration(saved, tmp
     about.unlink()
     with pytest.raises(ValueError, match=r"encoders in .*'kind': 'gated'.*expected .*'kind': 'linear'"):
         DIVATrainer(load(saved, device="cpu"), config(tmp_path, encoder="linear"), DATA).warm_up()
+
+
+def test_a_folder_belongs_to_its_examples_and_to_encoders_that_were_given(saved, tmp_path):
+    """Also where data look alike, and whether encoders were given at all; of an older folder what is known decides."""
+    drawn = [FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=32)) for _ in range(2)]
+
+    def begin(encoders=drawn[0], data=DATA):
+        DIVATrainer(load(saved, device="cpu"), config(tmp_path), data, encoders)._claim_folder()
+
+    begin()
+    begin()
+    for others in (Shapes("train", n=4096, style="list"), Shapes("train", n=4096, nuisance_seed=5)):
+        assert repr(others) == repr(DATA)
+        with pytest.raises(ValueError, match=r"another configuration: first example \S+ \(now \S+\); choose another folder"):
+            begin(data=others)
+    with pytest.raises(ValueError, match=r"another configuration: checksum of given encoders \d+ \(now \d+\); choose"):
+        begin(drawn[1])
+    with pytest.raises(ValueError, match=r"checksum of given encoders \d+ \(now None\)"):
+        begin(None)
+    about = tmp_path / "diva.json"
+    known = {n: v for n, v in json.loads(about.read_text()).items() if n not in ("first example", "checksum of given encoders")}
+    about.write_text(json.dumps(known))
+    begin(drawn[1])
+    with pytest.raises(ValueError, match=r"checksum of given encoders \d+ \(now \d+\)"):
+        begin()
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------
@@ -789,5 +845,8 @@ def test_bad_configurations_are_refused(tmp_path, wrong, message):
 def test_what_does_not_fit_the_model_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match=r"layers \[5\] are outside the model, which has layers 1 to 4"):
         DIVATrainer(model, config(tmp_path, layers=[2, 5]), DATA)
-    with pytest.raises(ValueError, match="width 16, the model has 32"):
-        DIVATrainer(model, config(tmp_path), DATA, FactorEncoders(FactorEncodersConfig(hidden_size=16, factor_size=8)))
+    fits = {"hidden_size": 32, "factor_size": 32, "kind": "gated"}
+    for wrong in ({"hidden_size": 16}, {"factor_size": 8}, {"kind": "linear"}):
+        came = fits | wrong
+        with pytest.raises(ValueError, match=re.escape(f"encoders given are {came}; expected {fits}: set factor_size")):
+            DIVATrainer(model, config(tmp_path), DATA, FactorEncoders(FactorEncodersConfig(**came)))

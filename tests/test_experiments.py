@@ -2,13 +2,14 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from umm_kit.data.language import vocabulary_corpus
-from umm_kit.experiments import Ledger, atlas, endpoints
+from umm_kit.experiments import Ledger, atlas, diva, endpoints, families, frontier, intervention, latentumm
+from umm_kit.experiments import planted as planted_truth
 from umm_kit.models.masked import MaskedUMM
 
 
@@ -47,6 +48,36 @@ def test_runs_of_other_sizes_do_not_mix(tmp_path):
         Ledger(file, Sizes(steps=200)).records()
     with pytest.raises(ValueError, match=r"settings {'rate': 0.001} .now"):
         Ledger(file, Sizes(settings={"rate": 1e-2})).records()
+
+
+def test_a_preset_within_a_preset_is_kept_too(tmp_path):
+    """Of the frontier's arms nothing was kept, and a file of another texture was taken."""
+    chosen = frontier.PRESETS["tiny"]
+    Ledger(tmp_path / "runs.jsonl", chosen).add("a", {"score": 1})
+    arms = Ledger(tmp_path / "runs.jsonl", chosen).records()["a"]["preset"]["arms"]
+    assert arms["texture"] == "none" and arms["n_tuning"] == 512 and not {"bases", "seeds", "rates"} & set(arms)
+    with pytest.raises(ValueError, match=r"holds 'a' with arms {.*'none'.*} \(now {.*'high'.*}\); choose another --records"):
+        Ledger(tmp_path / "runs.jsonl", replace(chosen, arms=replace(chosen.arms, texture="high"))).records()
+
+
+@pytest.mark.parametrize("study", [diva.STUDY, latentumm.STUDY], ids=["diva", "latentumm"])
+def test_rates_that_were_tuned_for_other_settings_are_refused(study, tmp_path):
+    tuned = replace(latentumm.PRESETS["tiny"], bases=(), arms=tuple(study.arms)[:1])  # so that nothing runs
+    Ledger(tmp_path / "x-tuning.jsonl", tuned).add("trial", {})
+    study.run(tuned, tmp_path / "x.jsonl", tmp_path)
+    with pytest.raises(ValueError, match=r"x-tuning.jsonl holds 'trial' with texture none \(now high\)"):
+        study.run(replace(tuned, texture="high"), tmp_path / "x.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        *(("atlas", atlas), ("diva", diva), ("diva-tuning", diva), ("families", families), ("intervention", intervention)),
+        *(("latentumm", latentumm), ("latentumm-tuning", latentumm), ("planted", planted_truth)),
+    ],
+)
+def test_committed_records_go_on_with_the_preset(name, module, root):
+    assert Ledger(root / f"experiments/{name}.jsonl", next(iter(module.PRESETS.values()))).records()
 
 
 @pytest.fixture(scope="module")

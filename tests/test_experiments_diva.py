@@ -8,11 +8,17 @@ import pytest
 from umm_kit.data.language import vocabulary_corpus
 from umm_kit.experiments import Ledger, comparison, diva
 from umm_kit.models.masked import MaskedUMM
+from umm_kit.statistics import hierarchical_bootstrap
 
 TINY = diva.PRESETS["tiny"]
 
 
-def runs(arm, gain, seeds=(0, 1), bases=("a", "b"), n=200):
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def runs(arm, gain, seeds=(0, 1), bases=("a", "b"), n=204):
     """Runs whose every endpoint is better than the base's by ``gain`` (a loss: lower), with some noise."""
     for base in bases:
         for seed in seeds if arm != "base" else (None,):
@@ -33,7 +39,7 @@ def test_effects_recover_planted_gains_of_scores_and_losses():
     for metric in diva.STUDY.endpoints:
         row = frame.loc[("diva", metric)]
         assert row.over_base == pytest.approx(0.05, abs=0.002) and row.over_sft == pytest.approx(0.03, abs=0.002)
-        assert row.rival == "sft_all" and row.runs == 4 and row.n == 200
+        assert row.rival == "sft_all" and row.runs == 4 and row.n == 204
         assert row.sft_low < row.over_sft < row.sft_high and 0 < row.detectable < 0.01
     assert np.isnan(frame.loc[("sft_all", "understanding"), "over_sft"]), "nothing is compared with itself"
     assert frame.loc[("base", "understanding"), "over_sft"] == pytest.approx(-0.02, abs=0.002)
@@ -48,6 +54,57 @@ def test_diva_counts_only_if_it_beats_the_better_fine_tuning(gain, said):
                 r["items"] = {m: v + (0.03 if r["base"] == "a" else -0.03) for m, v in r["items"].items()}
     frame = comparison.verdict(diva.STUDY.effects(found), "diva")
     assert set(frame.verdict) == {said} and set(frame.rival) == {"sft_middle"}
+
+
+def test_an_interval_is_the_wider_of_bootstrap_and_t_over_bases(rng):
+    means = np.array([0.01, 0.02, 0.06])
+    noise = rng.normal(0, 0.001, 100)
+    e, detectable = comparison.interval([[m + noise - noise.mean()] * 2 for m in means])
+    half = 4.302653 * means.std(ddof=1) / np.sqrt(3)  # t of 2 degrees of freedom, .975; of .8 it is 1.060660
+    assert e.value == pytest.approx(0.03) and e.interval == pytest.approx((0.03 - half, 0.03 + half))
+    assert detectable == pytest.approx(half * (1 + 1.060660 / 4.302653))
+    wide = rng.normal(0, 1, 50)  # bases that agree: items make all of the width, as before
+    e, detectable = comparison.interval([[wide], [wide], [wide]])
+    assert e.interval == hierarchical_bootstrap([[wide]] * 3, shared_items=True).interval
+    assert detectable == pytest.approx(2.8 * (e.high - e.low) / (2 * 1.96))
+    with pytest.raises(ValueError, match="one group"):
+        comparison.interval([[wide]])
+
+
+def test_of_simulated_nulls_few_are_called(rng):
+    """Three bases, four seeds, no gain in the mean: the bootstrap alone calls more than a tenth of them."""
+    called = {"bootstrap": 0, "interval": 0}
+    for _ in range(200):
+        tree = [[base + rng.normal(0, 0.5) + rng.normal(0, 1, 60) for _ in range(4)] for base in rng.normal(0, 1, 3)]
+        for name, e in (
+            ("bootstrap", hierarchical_bootstrap(tree, shared_items=True, n_resamples=500)),
+            ("interval", comparison.interval(tree)[0]),
+        ):
+            called[name] += e.low > 0 or e.high < 0
+    assert called["bootstrap"] > 0.1 * 200 and called["interval"] < 0.09 * 200
+
+
+def test_bases_that_disagree_are_no_verdict():
+    """All three gain, one of them most: the bootstrap of three numbers above 0 never reaches 0."""
+    found = {r["name"]: r for arm in ("base", "sft_all", "diva") for r in runs(arm, 0, bases=("a", "bb", "ccc"))}
+    for r in found.values():
+        gain = {"a": 0.01, "bb": 0.02, "ccc": 0.06}[r["base"]] * (r["arm"] == "diva")
+        r["items"] = {m: v + gain * (-1 if m.endswith("_loss") else 1) for m, v in r["items"].items()}
+    assert set(comparison.verdict(diva.STUDY.effects(found), "diva").verdict) == {"undecided"}
+    paper = diva.against_paper(found).set_index(["metric", "lower", "higher"])
+    assert paper.verdict["understanding", "sft", "diva"] == "undecided" and paper.low["understanding", "sft", "diva"] < 0
+    assert (diva.by_category(found, "diva", "sft_all").verdict == "undecided").all()
+
+
+def test_a_rival_that_has_just_begun_takes_no_verdict_away():
+    found = records(base=0, sft_all=0.02, sft_middle=0.01, diva=0.05)
+    before = comparison.verdict(diva.STUDY.effects(found), "diva")
+    found |= {r["name"]: r for r in runs("sft_all_examples", 0.04, seeds=(0,), bases=("a",))}
+    after = comparison.verdict(diva.STUDY.effects(found), "diva")
+    assert before.equals(after) and set(after.verdict) == {"yes"} and set(after.rival) == {"sft_all"}
+    found |= {r["name"]: r for r in runs("sft_all_examples", 0.04, seeds=(0,), bases=("b",))}
+    done = comparison.verdict(diva.STUDY.effects(found), "diva")  # on every base; fewer seeds are by design
+    assert set(done.rival) == {"sft_all_examples"} and done.over_sft.to_numpy() == pytest.approx(0.01, abs=0.003)
 
 
 def test_differences_pair_what_was_trained_with_one_seed():

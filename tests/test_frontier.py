@@ -34,6 +34,17 @@ def test_verdicts_by_hand(u, g, said):
     assert row.verdict == said and row.understanding_loss_value == pytest.approx(0.5 - u, abs=0.01), "above 0: DIVA's is lower"
 
 
+def test_bases_that_disagree_are_no_verdict():
+    """DIVA's losses are lower from all three bases, but not by gains that tell: .01, .02 and .06."""
+    three = ("a", "b", "c")
+    records = dict([*runs("sft_middle", 1.0, 0.5, 3.0, three), *runs("diva", 1.0, 0.5, 3.0, three)])
+    for base, gain in zip(three, (0.01, 0.02, 0.06), strict=True):
+        items = records[f"{base}, diva, 1.0"]["items"]
+        records[f"{base}, diva, 1.0"]["items"] = {metric: values - gain for metric, values in items.items()}
+    row = frontier.verdicts(records).iloc[0]
+    assert row.verdict == "undecided" and row.understanding_loss_low < 0 < row.understanding_loss_value
+
+
 def test_points_are_means_over_bases():
     points = frontier.frontier(
         dict([*runs("diva", 1.0, 0.5, 3.0), *runs("diva", 2.0, 0.4, 3.2), *runs("base", 1.0, 1, 4, ("a",))])

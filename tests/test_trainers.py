@@ -560,20 +560,39 @@ def test_unwritable_folder_is_refused_before_training(tokenizer_folder, tmp_path
     assert not list((tmp_path / "new" / "folder").iterdir())  # the probe leaves nothing behind
 
 
-def test_a_full_disk_says_so_and_how_to_go_on(whole, tokenizer_folder, tmp_path):
-    """The system refuses files above 100 kB, which is how a full disk looks to a program: at the first checkpoint."""
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_full_disk_says_so_and_how_to_go_on(whole, tokenizer_folder, tmp_path, monkeypatch, step):
+    """The system refuses files above 100 kB, which is how a full disk looks to a program: at the first checkpoint or the second,
+    where the first one stays as it was and is the one that is resumed."""
+    import transformers.trainer
+
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    before, begun = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), list[int]()
+    kept = lambda: {f.name: f.read_bytes() for f in (tmp_path / "checkpoint-4").glob("*") if step > 4}  # noqa: E731
+    earlier = dict[str, bytes]()
+
+    class Fill(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            begun.append(state.global_step)
+
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == step - 1 and len(begun) == 1:
+                earlier.update(kept())
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, Fill()])
     try:
-        with pytest.raises(OSError, match=r"checkpoint-4 could not be written .*--resume True"):
+        with pytest.raises(OSError, match=rf"checkpoint-{step} could not be written .*--resume True"):
             train(PretrainConfig(**options(tmp_path, tokenizer_folder)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert last_checkpoint(tmp_path) is None  # what was half written is not taken for a checkpoint
+    last = last_checkpoint(tmp_path)  # what was half written is not taken for a checkpoint
+    assert last == (None if step == 4 else str(tmp_path / "checkpoint-4"))
+    assert kept() == earlier and (step == 4 or {"model.safetensors", EMA_FILE, "trainer_state.json"} < set(earlier))
     train(PretrainConfig(**options(tmp_path, tokenizer_folder, resume=True)))
+    assert begun == [0, step - 4]
     assert_same_run(whole, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Intervals, paired tests and power: what stands behind every "better" in this kit.
+"""Intervals and paired tests: what stands behind every "better" in this kit.
 
 The unit that is resampled is always the independent one (a scene, a prompt, a training seed), never a fact within it.
 Bootstrap intervals are BCa (bias-corrected and accelerated): near 0 and 1 the plain percentile interval covers too
@@ -258,25 +258,3 @@ def paired_difference(
     options: dict[str, Any] = {"n_resamples": n_resamples, "batch": max(1, _CHUNK // n), "rng": np.random.default_rng(seed)}
     test = stats.permutation_test(rows, contrast, permutation_type="samples", vectorized=True, **options)
     return Difference(value, low, high, n, float(test.pvalue))
-
-
-def paired_power(effect: float, sd: float, n: int, level: float = 0.95) -> float:
-    """Chance that a two-sided paired test on n items sees a mean difference ``effect``, given the differences' ``sd``.
-
-    Phi(d - z) + Phi(-d - z) with d = |effect| sqrt(n) / sd, z the (1 + level) / 2 normal quantile. A normal
-    approximation: optimistic below about 20 items. For 0/1 outcomes sd^2 = (share of items that differ) - effect^2.
-    """
-    if sd <= 0 or n < 2 or not 0 < level < 1:
-        raise ValueError(f"sd={sd}, n={n}, level={level}; expected sd > 0, n >= 2 and a level in (0, 1)")
-    d, z = abs(effect) * np.sqrt(n) / sd, stats.norm.ppf((1 + level) / 2)
-    return float(stats.norm.cdf(d - z) + stats.norm.cdf(-d - z))
-
-
-def minimum_detectable_effect(sd: float, n: int, power: float = 0.8, level: float = 0.95) -> float:
-    """The smallest mean difference a paired design of n items sees with the given power: (z_level + z_power) sd / sqrt(n).
-
-    The far tail of :func:`paired_power` is neglected (below 1e-4 at power 0.5 and above).
-    """
-    if sd <= 0 or n < 2 or not 0.5 <= power < 1 or not 0 < level < 1:
-        raise ValueError(f"{sd=}, {n=}, {power=}, {level=}; expected sd > 0, n >= 2, power in [0.5, 1), level in (0, 1)")
-    return float((stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(power)) * sd / np.sqrt(n))

@@ -82,14 +82,12 @@ class Cycles:
         """Layer -> [n, d], the mean over image tokens of the flow that has this content as its input.
 
         For an image that is understanding. For a text it is generation with every image token hidden: the states that drawing
-        starts from, which know the text and nothing else. Other families than the masked one would see the image, or noise: there
-        it is the mean over the text's own tokens. What ``origin`` fills the batch with is not seen.
+        starts from (other families would see the image, or noise: there, the text's own tokens). ``origin`` is not seen.
         """
         if not self.layers:
             return {}
         if isinstance(shown, list) and hasattr(self.model, "text_states") and not isinstance(self.model, MaskedUMM):
-            states = self.model.text_states(shown, self.layers)
-            return {layer: _finite(h.float(), f"states of layer {layer}") for layer, h in states.items()}
+            return {k: _finite(h.float(), f"states of layer {k}") for k, h in self.model.text_states(shown, self.layers).items()}
         if isinstance(shown, list):
             rows, columns = self.model.grid
             mask = torch.ones(len(shown), rows * columns, dtype=torch.bool)

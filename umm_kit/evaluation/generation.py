@@ -92,8 +92,7 @@ def digit_prompts(exam: Examiner, data: Digits) -> None:
     from sklearn.svm import SVC
 
     n, train, test = len(exam.rows(data)), Digits("train"), Digits("test")
-    # a support vector machine trained on the training scans alone: it has never seen a model's picture
-    classifier = SVC(gamma=0.001).fit(to_scan(train.pixels).flatten(1).numpy(), train.digits)
+    classifier = SVC(gamma=0.001).fit(to_scan(train.pixels).flatten(1).numpy(), train.digits)  # it sees no model's picture
     drawn = exam.generate(data.texts[:n], data.ids[:n], "digits")
     exam.chance["generation_digit"] = majority(data.digits[:n].tolist())
     for metric, scans, pixels in (("generation_digit", data, drawn), ("generation_digit_ceiling", test, test.pixels)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ class Ledger:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the preset, as they are written."""
-        every = {} if self.preset is None else vars(self.preset)
-        return json.loads(json.dumps({k: v for k, v in every.items() if isinstance(v, bool | int | float | str | dict)}))
+        """Of the preset and of presets within it, as they are written."""
+        kept = lambda pairs: {k: v for k, v in pairs if isinstance(v, bool | int | float | str | dict)}  # noqa: E731
+        return {} if self.preset is None else json.loads(json.dumps(asdict(self.preset, dict_factory=kept)))
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Finished runs by name. A line that a full disk cut short is no run; the next one starts on a line of its own.

@@ -16,10 +16,9 @@ import pandas as pd
 
 from umm_kit import published
 from umm_kit.data.language import CATEGORIES
-from umm_kit.experiments import endpoints
+from umm_kit.experiments import comparison, endpoints
 from umm_kit.experiments.comparison import DECODING, HEADLINES, Arm, Preset, Records, Study, better, content_of, differences
 from umm_kit.models import load
-from umm_kit.statistics import hierarchical_bootstrap
 from umm_kit.trainers.diva import DIVAConfig, DIVATrainer
 
 #: What the paper compares on Show-o, as our arms: (lower, higher, where the lower stands, where the higher), each a table and a
@@ -38,12 +37,7 @@ _ORDER = list(_TABLE_2)[:5]
 PAPER_PAIRS: tuple[tuple[str, str, tuple[int, str], tuple[int, str]], ...] = (
     *(
         (a, b, (2, _TABLE_2[a]), (2, _TABLE_2[b]))
-        for a, b in [
-            ("base", "diva"),
-            ("sft", "diva"),
-            *itertools.pairwise(_ORDER),
-            *((arm, "diva") for arm in list(_TABLE_2)[5:]),
-        ]
+        for a, b in [("base", "diva"), ("sft", "diva"), *itertools.pairwise(_ORDER), *((c, "diva") for c in list(_TABLE_2)[5:])]
     ),
     ("unique_0.4", "diva", (4, "lambda_uni=0.4"), (4, "lambda_uni=0.6")),
     ("unique_0.8", "diva", (4, "lambda_uni=0.8"), (4, "lambda_uni=0.6")),
@@ -123,8 +117,8 @@ def against_paper(records: Records) -> pd.DataFrame:
     """Is what the paper found better also better here? Pairs of arms, by ability; "sft" is the better fine-tuning.
 
     ``published`` is higher - lower on each of the paper's benchmarks, which are other tasks in other units: only signs compare.
-    *reproduced* if our interval lies on the side that all of them are on, *reversed* if on the other, *undecided* if it holds 0;
-    *the paper is divided* if its benchmarks have different signs, or one has none; *not run* if we have no records.
+    *reproduced* if our :func:`comparison.interval` lies on the side that all of them are on, *reversed* if on the other,
+    *undecided* if it holds 0; *the paper is divided* if its benchmarks differ in sign, or one has none; *not run*: no records.
 
     Returns:
         Columns source (its table), metric, lower, higher, published, here, low, high, runs, verdict.
@@ -142,7 +136,7 @@ def against_paper(records: Records) -> pd.DataFrame:
             sides = {int(np.sign(round(gain, 9))) for gain in theirs.values()}  # .75 - .75 may not be 0
             tree, said = differences(records, ours.get(higher, higher), ours.get(lower, lower), metric), "not run"
             if len(tree) > 1:
-                e = hierarchical_bootstrap(tree, shared_items=True)
+                e, _ = comparison.interval(tree)
                 row |= {"here": e.value, "low": e.low, "high": e.high, "runs": sum(map(len, tree))}
                 side = int(e.low > 0) - int(e.high < 0)
                 said = "undecided" if not side else "reproduced" if sides == {side} else "reversed"
@@ -168,7 +162,7 @@ def by_category(records: Records, arm: str = "diva", other: str = "base") -> pd.
     for k, category in enumerate(CATEGORIES):
         name = _TABLE_9[category]
         mine = [[run.reshape(len(CATEGORIES), -1)[k] for run in seeds] for seeds in tree]  # prompts stand category by category
-        e = hierarchical_bootstrap(mine, shared_items=True)
+        e, _ = comparison.interval(mine)
         gain = float(table["DIVA", name] - table["base", name])
         side = int(e.low > 0) - int(e.high < 0)
         said = "undecided" if not side else "reproduced" if side == np.sign(gain) else "reversed"

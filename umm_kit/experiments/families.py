@@ -22,10 +22,9 @@ from umm_kit.diagnostics.report import diagnose
 from umm_kit.evaluation.drift import drift
 from umm_kit.experiments import ASYMMETRIC, Ledger, endpoints, mine
 from umm_kit.experiments.atlas import SERIES
-from umm_kit.experiments.comparison import differences
+from umm_kit.experiments.comparison import differences, interval
 from umm_kit.experiments.latentumm import of_drift
 from umm_kit.models import load
-from umm_kit.statistics import hierarchical_bootstrap
 from umm_kit.trainers.pretrain import AutoregressiveConfig, FlowConfig, train
 from umm_kit.trainers.tokenizer import TokenizerConfig
 from umm_kit.trainers.tokenizer import train as train_tokenizer
@@ -111,7 +110,7 @@ def judge(model: Any, preset: Preset) -> dict[str, Any]:
 
 
 def effects(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Each family's mean, and its gain over the masked family with a 95 % interval over seeds and items; above 0 = better."""
+    """Each family's mean, and its gain over the masked family with its 95 % interval; above 0 = better."""
     rows = []
     for metric in METRICS:
         for family in dict.fromkeys(r["arm"] for r in records.values()):
@@ -119,7 +118,7 @@ def effects(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
             row: dict[str, Any] = {"family": family, "metric": metric, "runs": len(own), "mean": float(np.mean(own))}
             tree = [] if family == "masked" else differences(records, family, "masked", metric)
             if len(tree) > 1:
-                e = hierarchical_bootstrap([run for runs in tree for run in runs], shared_items=True)
+                e, _ = interval([run for runs in tree for run in runs])
                 row |= {"n": e.n, "over_masked": e.value, "low": e.low, "high": e.high}
             rows.append(row)
     return pd.DataFrame(rows)

@@ -39,7 +39,7 @@ PRESETS = {"tiny": Preset(replace(diva.PRESETS["tiny"], seeds=(100,)))}
 def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int, int] = (1, 1)) -> str:
     """Train every arm from every base under every ratio that has no record yet."""
     ledger, folder = Ledger(Path(records), preset), Path(folder)
-    tuning = Ledger(Path(records).with_name("diva-tuning.jsonl")).records()
+    tuning = Ledger(Path(records).with_name("diva-tuning.jsonl"), preset.arms).records()
     runs: list[tuple[str, str, float, int | None]] = [("base", base, 1.0, None) for base in preset.arms.bases]
     runs += [
         (arm, base, ratio, seed)
@@ -89,8 +89,8 @@ def frontier(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def verdicts(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Under each ratio: fine-tuning - DIVA in both losses, paired; *better* if both intervals lie above 0, *worse* if both lie
-    below, *a trade* if they lie on different sides, else *undecided*."""
+    """Under each ratio: fine-tuning - DIVA in both losses, paired; *better* if both intervals (:func:`comparison.interval`) lie
+    above 0, *worse* if both lie below, *a trade* if they lie on different sides, else *undecided*."""
     rows = []
     for ratio in sorted({r["ratio"] for r in records.values()}):
         some = {name: r for name, r in records.items() if r["ratio"] == ratio and r["arm"] in ARMS}
@@ -98,7 +98,7 @@ def verdicts(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         for metric in LOSSES:
             tree = comparison.differences(some, "diva", ARMS[0], metric)
             if len(tree) > 1:
-                found.append(hierarchical_bootstrap(tree, shared_items=True))
+                found.append(comparison.interval(tree)[0])
         if len(found) == len(LOSSES):
             signs = [int(e.low > 0) - int(e.high < 0) for e in found]
             said = {2: "better", -2: "worse"}.get(sum(signs), "a trade" if signs[0] * signs[1] < 0 else "undecided")

@@ -152,8 +152,8 @@ def arms(records: Records) -> Iterator[Verdict]:
     command = "umm-kit reproduce diva"
     compared = {name: r for name, r in records.items() if r["arm"] in ("base", "diva", *diva.STUDY.rivals)}
     bases = {arm: {r["base"] for r in compared.values() if r["arm"] == arm} for arm in ("base", "diva", *diva.STUDY.rivals)}
-    rivals = set().union(*(bases[arm] for arm in diva.STUDY.rivals))
-    if min(len(bases["base"] & bases["diva"]), len(rivals & bases["diva"])) < 2:
+    rivals = max(len(bases[arm] & bases["diva"]) for arm in diva.STUDY.rivals)
+    if min(len(bases["base"] & bases["diva"]), rivals) < 2:
         yield Verdict(DIVA, "Tables 1, 2, 4, 6, 9", "DIVA improves understanding and generation", "not run", _NO_RECORD, command)
         return
     frame = comparison.effects(compared, comparison.HEADLINES, diva.STUDY.rivals)
@@ -209,7 +209,7 @@ def stabilized(records: Records) -> Iterator[Verdict]:
     """Does LatentUMM's training keep more of it than fine-tuning does?"""
     claim, command = "LatentUMM keeps meaning over the cycles", "umm-kit reproduce latentumm"
     bases = {arm: {r["base"] for r in records.values() if r["arm"] == arm} for arm in ("latentumm", *latentumm.STUDY.rivals)}
-    if len(bases["latentumm"] & set().union(*(bases[arm] for arm in latentumm.STUDY.rivals))) < 2:
+    if max(len(bases["latentumm"] & bases[arm]) for arm in latentumm.STUDY.rivals) < 2:
         yield Verdict(LATENTUMM, "abstract", claim, "not run", _NO_RECORD, command)
         return
     frame = comparison.effects(records, ["survival"], latentumm.STUDY.rivals)

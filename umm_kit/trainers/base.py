@@ -272,6 +272,7 @@ class UMMTrainer(Trainer):
     umm: Any  # of trainers that go on from a model: that, and its data
     data: Any
     _base: int | None = None  # checksum of the model as it came
+    _came: int | None = None  # that of encoders that came with it
 
     def __init__(self, model: nn.Module, args: UMMArguments, **kwargs: Any):
         self._parts: dict[str, list[float]] = {}
@@ -420,13 +421,14 @@ class UMMTrainer(Trainer):
     def claim_folder(self, file: str) -> None:
         """Write configuration, the model's checksum and what the data are to the folder; refuse one where others began."""
         about = Path(str(self.args.output_dir)) / file
-        names = [n for n in type(self.args).__dataclass_fields__ if not _FREE.fullmatch(n)]
-        wanted = {n: v for n in names if isinstance(v := getattr(self.args, n), bool | int | float | str | list)}
+        given = {n: getattr(self.args, n) for n in type(self.args).__dataclass_fields__ if not _FREE.fullmatch(n)}
+        wanted = {n: v for n, v in given.items() if isinstance(v, bool | int | float | str | list)}
         defaults = defaults_of(type(self.args))  # type: ignore[arg-type]
         begun = {n: getattr(defaults, n) for n in wanted}  # for options that an earlier release did not have
         self._base = checksum(self.umm) if self._base is None else self._base
         examples = re.sub(" at 0x[0-9a-f]+", "", repr(self.data))[:200]  # an address says nothing of what is in there
         came: dict[str, Any] = {"model's checksum": self._base, "examples": f"{examples}, {len(self.data)} in all"}
+        came |= {"first example": str(self.data[0].get("id")), "checksum of given encoders": self._came}
         wanted |= came
         begun = begun | came | json.loads(about.read_text()) if about.exists() else wanted
         if changed := [f"{n} {begun.get(n)} (now {v})" for n, v in wanted.items() if begun.get(n) != v]:

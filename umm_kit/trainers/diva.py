@@ -28,19 +28,21 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import set_seed
 
 from umm_kit.losses.factorization import UniqueCritic
-from umm_kit.models.base import scores_of
+from umm_kit.models.base import checksum, scores_of
 from umm_kit.models.factors import FLOWS, FactorEncoders, FactorEncodersConfig, Factors, Readouts, middle_layers
 from umm_kit.records import write_json
 from umm_kit.trainers.base import Stream, UMMTrainer, post_train, reshard, run_record, world_mean
@@ -97,6 +99,18 @@ class _StageTrainer(UMMTrainer):
             for critic, saved in zip(self.critics, state["critics"], strict=True):
                 critic.load_state_dict(saved)
 
+    def _keep(self, encoders: FactorEncoders, folder: Path) -> FactorEncoders:
+        """Encoders that are given their name when they are whole: what lies there is taken for finished."""
+        part = folder.with_name("encoders.part")
+        try:
+            self.save_whole(encoders, part)
+            if self.is_world_process_zero():
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(f"{part} could not be written ({error}); make room, then go on with --resume True") from error
+        return encoders
+
 
 class EncoderTrainer(_StageTrainer):
     """Stage 1: shared factors alone for ``shared_only`` of the steps, then unique ones with them."""
@@ -134,9 +148,11 @@ class DIVATrainer(_StageTrainer):
         layers = list(args.layers) or middle
         if bad := [layer for layer in layers if not 1 <= layer <= model.num_layers]:
             raise ValueError(f"layers {bad} are outside the model, which has layers 1 to {model.num_layers}")
-        if encoders is not None and encoders.config.hidden_size != model.hidden_size:
-            raise ValueError(f"the encoders read width {encoders.config.hidden_size}, the model has {model.hidden_size}")
+        self._sizes = {"hidden_size": model.hidden_size, "factor_size": args.factor_size, "kind": args.encoder}
+        if encoders is not None:
+            self._fitting(encoders, "given", "set factor_size and encoder to theirs, or leave them out")
         self.umm, self.layers, self.encoders, self.data = model, layers, encoders, train_dataset
+        self._came = None if encoders is None else checksum(encoders)
         self._given = kwargs.get("callbacks")  # both stages have them
         self._warned: set[tuple[str, int]] = set()
         stage = BackboneStage(model, encoders, layers, args)
@@ -158,6 +174,12 @@ class DIVATrainer(_StageTrainer):
         if self.ema is not None:
             self.ema.restore = args.ema_role == "weights"
 
+    def _fitting(self, encoders: FactorEncoders, which: str, advice: str) -> FactorEncoders:
+        """The encoders, if model and configuration are of their sizes and kind."""
+        if (came := {name: getattr(encoders.config, name) for name in self._sizes}) != self._sizes:
+            raise ValueError(f"the encoders {which} are {came}; expected {self._sizes}: {advice}")
+        return encoders
+
     # --- stage 1 ---
 
     def warm_up(self) -> FactorEncoders:
@@ -165,19 +187,14 @@ class DIVATrainer(_StageTrainer):
         self.claim_folder("diva.json")
         folder, config = Path(str(self.args.output_dir)), self.args
         finished = folder / "encoders"
-        sizes = {"hidden_size": self.umm.hidden_size, "factor_size": config.factor_size, "kind": config.encoder}
         if (finished / "config.json").exists():
             found = FactorEncoders.from_pretrained(finished, use_safetensors=True, local_files_only=True)
-            if (came := {name: getattr(found.config, name) for name in sizes}) != sizes:
-                raise ValueError(f"the encoders in {finished} are {came}; expected {sizes}: choose another folder")
-            return found.to(config.device)
+            return self._fitting(found, f"in {finished}", "choose another folder").to(config.device)
         self.umm.to(config.device)  # under FSDP nobody did
         set_seed(config.seed)
-        encoders = FactorEncoders(FactorEncodersConfig(**sizes))
+        encoders = FactorEncoders(FactorEncodersConfig(**self._sizes))
         if config.random_encoders:
-            if self.is_world_process_zero():
-                encoders.save_pretrained(finished)
-            return encoders
+            return self._keep(encoders, finished)
         first = {**self.data[0], "number": 0, "index": 0}  # one example, to see how wide the logits are
         with torch.no_grad():
             u, g = Flows(self.umm)(self._prepare_inputs(FlowCollator(self.data, self.umm.grid, config, 0)([first])), [])
@@ -202,7 +219,7 @@ class DIVATrainer(_StageTrainer):
             if config.stage1_penalty and config.unique_weight:
                 trainer.critics = new_critics(config.factor_size, len(self.layers), config)
             trainer.fit()
-        trainer.save_whole(encoders, finished)
+        trainer._keep(encoders, finished)
         if trainer.is_world_process_zero():
             write_json(folder / "stage1/run.json", run_record(args, trainer.seconds(), trainer.state.log_history))
         if plugin is not None:
@@ -235,7 +252,7 @@ class DIVATrainer(_StageTrainer):
             for p, before in self._trainable:
                 p.requires_grad_(before)
         if self.args.train_encoders and self.encoders is not None:
-            self.save_whole(self.encoders, Path(str(self.args.output_dir)) / "encoders")
+            self._keep(self.encoders, Path(str(self.args.output_dir)) / "encoders")
         return done
 
     def _ramp(self) -> float:

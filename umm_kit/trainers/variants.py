@@ -180,8 +180,8 @@ class DIVAConfig(PostTrainArguments):
 
     @property
     def factors(self) -> bool:
-        """Whether stage 2 has any term between flows; fine-tuning without one needs no encoders."""
-        return self.shared_weight > 0 or self.unique_weight > 0
+        """Whether stage 2 has any term on factors; fine-tuning without one needs no encoders."""
+        return max(self.shared_weight, self.unique_weight, self.stage2_orthogonality_weight) > 0
 
     @classmethod
     def tiny(cls, **changes: Any) -> DIVAConfig:
