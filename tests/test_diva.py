@@ -795,7 +795,7 @@ def test_a_folder_belongs_to_its_examples_and_to_encoders_that_were_given(saved,
     drawn = [FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=32)) for _ in range(2)]
 
     def begin(encoders=drawn[0], data=DATA):
-        DIVATrainer(load(saved, device="cpu"), config(tmp_path), data, encoders)._claim_folder()
+        DIVATrainer(load(saved, device="cpu"), config(tmp_path), data, encoders).claim_folder("diva.json")
 
     begin()
     begin()

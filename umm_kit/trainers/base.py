@@ -432,7 +432,7 @@ class UMMTrainer(Trainer):
         wanted |= came
         begun = begun | came | json.loads(about.read_text()) if about.exists() else wanted
         if changed := [f"{n} {begun.get(n)} (now {v})" for n, v in wanted.items() if begun.get(n) != v]:
-            raise ValueError(f"{about.parent} holds a run with another configuration: {', '.join(changed)}; choose another")
+            raise ValueError(f"{about.parent} is of another configuration: {', '.join(changed)}; choose another folder")
         if self.is_world_process_zero():
             write_json(about, wanted)
 
