@@ -13,6 +13,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipC
 from umm_kit.data.shapes import Shapes
 from umm_kit.models.teachers import CLIPTeacher, EmbeddingTable, Teacher, embeddings, load_teacher, retrieval, retrieved
 from umm_kit.models.tokenizers import train_text_tokenizer
+from umm_kit.trainers.stages import facts_of
 
 TEXTS = ["a red circle", "a blue square and a red circle", "a large green triangle"]
 
@@ -188,3 +189,14 @@ def test_ids_may_be_numbers():
 def test_each_pair_adds_its_own_hits():
     text, image = torch.eye(3), torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.9, 0.1, 0]])
     assert retrieved(text, image).tolist() == [1.0, 1.0, 0.0] and retrieval(text, image) == pytest.approx(2 / 3)
+
+
+@pytest.mark.slow
+def test_the_shipped_teacher_finds_partners_among_512():
+    """Scenes that it has not seen; equal facts count as right."""
+    items = Shapes("test", n=512, seed=11).__getitems__(range(512))
+    shipped = load_teacher("tiny-teacher", device="cpu")
+    with torch.no_grad():
+        text = shipped.embed_text([item["texts"] for item in items])
+        image = shipped.embed_image(torch.stack([item["images"] for item in items]))
+    assert retrieval(text, image, facts_of(items).tolist()) >= 0.95
