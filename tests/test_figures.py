@@ -82,13 +82,15 @@ def rows_of_arms():
         for metric in metrics:
             own = arm == "sft_all"  # it is the better fine-tuning
             gains = dict(over_sft=np.nan if own else 0.1 * k, sft_low=0.1 * k - 0.05, sft_high=0.1 * k + 0.05)
-            yield dict(arm=arm, metric=metric, **gains, over_base=np.nan if arm == "base" else 0.2, base_low=0.1, base_high=0.3)
+            yield dict(
+                arm=arm, metric=metric, n=2048, **gains, over_base=np.nan if arm == "base" else 0.2, base_low=0.1, base_high=0.3
+            )
 
 
 @pytest.mark.parametrize(("against", "names"), [("sft", ["base", "diva"]), ("base", ["sft_all", "diva"])])
 def test_arms_are_compared_with_others_alone(against, names):
     figure = arms(pd.DataFrame(rows_of_arms()), against)
-    assert len(figure.axes) == 6
+    assert len(figure.axes) == 6 and figure.axes[0].get_title() == "understanding (share)\nn = 2,048"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
     points = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert points == pytest.approx([0.0, 0.2] if against == "sft" else [0.2, 0.2])

@@ -45,7 +45,7 @@ def test_latents_are_standardised_and_decode_as_before(batch):
     torch.testing.assert_close(tokenizer.reconstruct(batch["images"]), before)
     with pytest.raises(ValueError, match=r"latents are \(4, 63, 8\); expected \[batch, 64, 8\]"):
         tokenizer.decode(z[:, 1:])
-    for wrong in (dict(patch_size=3), dict(patch_size=64), dict(latent_channels=0)):
+    for wrong in (dict(patch_size=3), dict(patch_size=64), dict(latent_channels=0), dict(noise=-0.1), dict(noise=float("nan"))):
         with pytest.raises(ValueError, match="expected"):
             LatentTokenizerConfig(**wrong)
 

@@ -287,6 +287,7 @@ def test_forest_fills_what_excludes_zero_and_asks_for_equal_labels():
     assert [p.get_markerfacecolor() == "white" for p in points] == [False, True, False]
     assert [list(p.get_xdata()) for p in points] == [[0.2], [0.1], [-0.2]]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["sure", "open", "worse"]
+    assert 0.5 < figure.axes[0].lines[-1].get_zorder() < 2 and set(figure.axes[0].lines[-1].get_xdata()) == {0}  # on the grid
     for bad in ({}, {"a": []}, {"a": rows, "b": rows[:2]}):
         with pytest.raises(ValueError, match="same labels"):
             plots.forest(bad, "gain")

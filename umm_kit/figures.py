@@ -132,11 +132,10 @@ def arms(frame: pd.DataFrame, against: str = "sft") -> Figure:
     compared = rows.groupby("arm").metric.nunique()
     names = [arm for arm in dict.fromkeys(rows.arm) if compared[arm] == compared.max()]
     panels = {}
-    for metric, title in _ENDPOINT_TITLES.items():
+    for metric in (m for m in _ENDPOINT_TITLES if (rows.metric == m).any()):
         some = rows[rows.metric == metric].set_index("arm")
-        if not len(some):
-            continue
-        panels[title] = [(arm, *some.loc[arm, [gain, f"{against}_low", f"{against}_high"]]) for arm in names]
+        values = [(arm, *some.loc[arm, [gain, f"{against}_low", f"{against}_high"]]) for arm in names]
+        panels[f"{_ENDPOINT_TITLES[metric]}\nn = {some.n.min():,}"] = values
     return plots.forest(panels, "gain over " + ("the base" if against == "base" else "better fine-tuning"), columns=2)
 
 

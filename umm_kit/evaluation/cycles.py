@@ -81,8 +81,8 @@ class Cycles:
     def latents(self, shown: list[str] | Tensor, origin: dict[str, Any]) -> dict[int, np.ndarray]:
         """Layer -> [n, d], the mean over image tokens of the flow that has this content as its input.
 
-        For an image that is understanding. For a text it is generation with every image token hidden: the states that drawing
-        starts from (other families would see the image, or noise: there, the text's own tokens). ``origin`` is not seen.
+        For an image that is understanding. For a text it is the masked family's generation with every image token hidden. Other
+        families would show the image there, or noise: of them it is the mean over the text's tokens. ``origin`` is not seen.
         """
         if not self.layers:
             return {}

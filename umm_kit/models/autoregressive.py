@@ -51,10 +51,10 @@ class AutoregressiveUMM(CausalUMM, OwnUMM):
         gated = -(-config.mlp_ratio * d * 2 // 48) * 16  # three matrices with as many weights as the two of a plain MLP
         sizes = dict(hidden_size=d, intermediate_size=gated, num_hidden_layers=config.num_layers, pad_token_id=0)
         self.longest = config.max_text - 3  # what it writes can be drawn: three words more stand around a caption
-        longest = 4 * (config.max_text + self.grid[0] * self.grid[1])
+        places = 4 * (config.max_text + self.grid[0] * self.grid[1])
         self.transformer: Any = LlamaModel(
             LlamaConfig(
-                **sizes, vocab_size=config.text_vocab_size, num_attention_heads=config.num_heads, max_position_embeddings=longest,
+                **sizes, vocab_size=config.text_vocab_size, num_attention_heads=config.num_heads, max_position_embeddings=places,
                 attn_implementation="eager",  # on CPUs the backward of scaled_dot_product_attention costs twice as much
             )
         )  # fmt: skip

@@ -36,6 +36,8 @@ class LatentTokenizerConfig(PretrainedConfig):
         check_sizes(latent_channels=latent_channels)
         if patch_size & (patch_size - 1) or image_size % patch_size:
             raise ValueError(f"patch_size is {patch_size}; expected a power of 2 that divides image_size {image_size}")
+        if not noise >= 0:
+            raise ValueError(f"noise is {noise}; expected at least 0")
         self.image_size, self.patch_size, self.channels, self.depth = image_size, patch_size, channels, depth
         self.latent_channels, self.noise = latent_channels, noise
         super().__init__(**kwargs)

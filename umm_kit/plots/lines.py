@@ -267,7 +267,7 @@ def forest(panels: Mapping[str, Sequence[tuple[str, float, float, float]]], xlab
             sure = low > 0 or high < 0
             ax.plot([low, high], [y, y], color="C0", linewidth=1.2)
             ax.plot(value, y, "o", color="C0", markersize=4, markerfacecolor="C0" if sure else "white")
-        ax.axvline(0, color="0.5", linewidth=0.8, zorder=0)
+        ax.axvline(0, color="0.5", linewidth=0.8, zorder=1)  # above the grid
         ax.set(title=title, yticks=range(n), yticklabels=labels[0], ylim=(n - 0.5, -0.5))
         ax.locator_params(axis="x", nbins=3)  # the panels are narrow
     for ax in axes[-1]:

@@ -40,7 +40,7 @@ class FlowCollator:
         numbers, places = [item["number"] for item in items], [item["index"] for item in items]
         anchor = np.array([not self.replay_every or k % self.replay_every != self.replay_every - 1 for k in numbers])
         prompts: list[str | None] = [None] * len(items)
-        said, drawn = captions_of(items), captions_of(items)
+        drawn = (said := captions_of(items)).copy()
         mask = masks_by_id([str(k) for k in numbers], self.grid, MASK_RATIO, self.config.mask_layout, self.config.seed)
         for i in np.flatnonzero(~anchor):
             mask[i] = True

@@ -98,8 +98,7 @@ def train(config: TokenizerConfig) -> Any:
     model.eval()
     if config.latent and not config.decoder_of:
         model.standardise(images)
-    error = (model.reconstruct(images) - images).square().mean()
-    scores = {"psnr_db": float(-10 * torch.log10(error)), "n": len(images)}
+    scores = {"psnr_db": float(-10 * (model.reconstruct(images) - images).square().mean().log10()), "n": len(images)}
     if isinstance(model, ImageTokenizer):
         use = codebook_use(model.encode(images), model.codebook_size)
         scores |= {"codes_used": use.used, "codes": use.size, "perplexity": use.perplexity}
