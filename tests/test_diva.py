@@ -606,7 +606,7 @@ def test_the_penalty_of_stage_one_is_that_of_its_critics(model, tmp_path):
     encoders = FactorEncoders(FactorEncodersConfig(hidden_size=model.hidden_size, factor_size=8))
     widths = {"understanding": model.config.text_vocab_size, "generation": model.codebook_size}
     stage = EncoderStage(model, encoders, Readouts(8, widths, 4), [2, 3], settings)
-    critics = new_critics(8, 2, settings)
+    critics = new_critics(8, 2, settings, False)
     for critic in critics:
         critic.threshold = -np.inf  # an untrained critic would be silent
         critic.eval()
@@ -744,7 +744,7 @@ def test_a_full_disk_is_named_for_the_extras_too(model, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     trainer = DIVATrainer(model, config(tmp_path), DATA, FactorEncoders(FactorEncodersConfig(hidden_size=32, factor_size=32)))
     with pytest.raises(OSError, match=r"could not be written \(unexpected pos.*--resume True"):
-        trainer.critics = new_critics(8, 1, trainer.args)
+        trainer.critics = new_critics(8, 1, trainer.args, True)
         trainer._save_checkpoint(trainer.model, None)
 
 

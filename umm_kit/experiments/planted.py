@@ -122,7 +122,7 @@ def factorize(planted: Planted, said: Mapping[str, Tensor], arm: Arm, preset: Pr
         readouts = Readouts(size, dict.fromkeys(FLOWS, preset.vocabulary), preset.rank, arm.injection)
     critic = UniqueCritic(
         size, preset.critic_buffer, preset.batch, preset.critic_steps, learning_rate=preset.learning_rate,
-        threshold=preset.threshold, seed=seed,
+        threshold=preset.threshold, seed=seed, repeats=False,
     )  # fmt: skip
     optimizer = torch.optim.AdamW([*encoders.parameters(), *readouts.parameters()], preset.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, preset.learning_rate, total_steps=steps, pct_start=0.1)

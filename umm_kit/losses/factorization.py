@@ -383,6 +383,14 @@ class UniquePenalty:
     active: bool  # held_out >= threshold
 
 
+_JUDGES = 64  # held-out pairs that settle whether a critic knows anything
+
+
+def _after(before: float, now: float, share: float) -> float:
+    """Running mean; the first value as it is."""
+    return now if math.isnan(before) else share * now + (1 - share) * before
+
+
 class UniqueCritic(nn.Module):
     """NCE-CLUB penalty between the unique factors of both flows, with the critic f it needs (DIVA Eq. 7).
 
@@ -390,9 +398,13 @@ class UniqueCritic(nn.Module):
 
     Eq. 7 says something of x and y only while f is close to the best critic *of the present factors* (see :func:`club`);
     against a critic that stands still, factors go to where it scores them low, which is dependence of another sign. So each
-    call in training mode, in this order: scores the new pairs with the critic as it is (held-out value and penalty: both would
-    be too high on pairs it was fitted to), puts them into a first-in first-out buffer, and trains the critic on draws from it
-    for ``steps`` steps, or ``warm_up`` when the buffer is full for the first time. In evaluation mode it only scores.
+    call in training mode, in this order: scores the pairs with the critic as it is (penalty, and held-out value), puts them into
+    a first-in first-out buffer, and trains the critic on draws from it for ``steps`` steps, or ``warm_up`` when the buffer is
+    full for the first time. In evaluation mode it only scores.
+
+    The held-out value is of anchors that the critic was never fitted to, as it would be too high on others. Where anchors come
+    back (``repeats``), a critic knows them for long after they have left the buffer: there, every fourth anchor, by a hash of
+    its id, never enters it, and those alone are held out. In a stream without end, every pair is.
 
     A held-out value below ``threshold`` (.1 nats) means that the critic knows nothing, because the factors are independent
     or because it is poor. Its gradient would then be noise of full size, so the penalty is *inactive*: 0, and it says so.
@@ -407,6 +419,7 @@ class UniqueCritic(nn.Module):
         size: f, columns of x and of y.
         capacity: pairs in the buffer: several batches, but few enough that the factors have not moved on since.
         batch_size: pairs a critic step draws; its InfoNCE cannot exceed log(batch_size).
+        repeats: whether anchors come back, as in training that runs over its data more than once.
 
     Example:
         >>> critic = UniqueCritic(2, capacity=64, batch_size=32)
@@ -420,7 +433,7 @@ class UniqueCritic(nn.Module):
 
     def __init__(
         self, size: int, capacity: int = 1024, batch_size: int = 128, steps: int = 5, warm_up: int = 100,
-        learning_rate: float = 1e-3, threshold: float = 0.1, seed: int = 0,
+        learning_rate: float = 1e-3, threshold: float = 0.1, seed: int = 0, repeats: bool = True,
     ):  # fmt: skip
         super().__init__()
         if not (size >= 1 and 2 <= batch_size <= capacity and steps >= 1 and warm_up >= 0):
@@ -430,7 +443,7 @@ class UniqueCritic(nn.Module):
             )
         self.batch_size, self.steps, self.warm_up, self.threshold = batch_size, steps, warm_up, threshold
         self.seen = 0  # pairs put into the buffer so far
-        self.last, self.small = (math.nan, math.nan), False  # held-out value with its bound; whether the data fit into the buffer
+        self.last, self.repeats = (math.nan, math.nan), repeats  # held-out value with its bound
         with torch.random.fork_rng(devices=[]):  # the same critic on all processes, the caller's generator untouched
             torch.manual_seed(seed)
             self.critic = Critic(size, size)
@@ -442,10 +455,10 @@ class UniqueCritic(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         state = {"seen": self.seen, "generator": self.generator.get_state(), "optimizer": self.optimizer.state_dict()}
-        return state | {"last": self.last, "small": self.small}
+        return state | {"last": self.last}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.seen, self.last, self.small = state["seen"], state.get("last", self.last), state.get("small", False)
+        self.seen, self.last = state["seen"], state["last"]
         self.generator.set_state(state["generator"].cpu())
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -458,8 +471,8 @@ class UniqueCritic(nn.Module):
 
         Args:
             x, y: [N, f], unique factors of U and of G, row i of both from the same anchor; this process's rows.
-            ids: [N] integers, one for each anchor: an anchor is not its own negative, nor held out once it is in the buffer. Of
-                rows with one id, as where two epochs meet, the first counts.
+            ids: [N] integers, one for each anchor, which is not its own negative. Of rows with one id, as where two epochs meet,
+                the first counts.
         Raises:
             ValueError: rows or widths that do not match, NaN, fewer than two different ids.
         """
@@ -477,14 +490,17 @@ class UniqueCritic(nn.Module):
         frozen = {name: p.detach().clone() for name, p in self.critic.named_parameters()}
         with _full_precision(x):
             scores = torch.func.functional_call(self.critic, frozen, (x.float(), y.float()))
-            new = ~torch.isin(ids, self.ids[: self._filled])
-            unseen = scores.detach()[new][:, new]
-            known = len(unseen) < 2
-            met = None if known else _both_ways(unseen)
-            held_out, bound = self.last if met is None else (float(met.estimate), met.bound)
+            kept_out = (ids.long() * 2654435761 >> 16) % 4 == 0
+            if not self.repeats:
+                kept_out = torch.ones_like(kept_out)
+            unseen = scores.detach()[kept_out][:, kept_out]
+            held_out, bound = self.last
+            if len(unseen) > 1:
+                met, share = _both_ways(unseen), min(1.0, len(unseen) / _JUDGES)
+                held_out, bound = _after(held_out, float(met.estimate), share), _after(bound, met.bound, share)
             if self.training:
-                enter = ((ids.long() * 2654435761 >> 16) % 4 > 0) | (not self.small)
-                self.last, self.small = (held_out, bound), self.small or known
+                self.last = (held_out, bound)
+                enter = ~kept_out | (not self.repeats)
                 self._learn(x.detach().float()[enter], y.detach().float()[enter], ids[enter])
         contrast, active = club(scores), held_out >= self.threshold
         return UniquePenalty(contrast * float(active), contrast.detach(), held_out, bound, active)

@@ -15,7 +15,7 @@ The log of a run (``run.json``, ``stage1/run.json``) holds, besides what transfo
     shared_loss, shared_accuracy             L_{U->G} + L_{G->U}; share of partners that are found, in [0, 1]
     shared_estimate, shared_bound            information by InfoNCE, and the most it can show
     unique_loss, _contrast, _active          L_uni as trained on, and as if always active; share of critics that are not silent
-    critic_estimate, critic_bound            information the critics find between pairs new to them, and the most they can show
+    critic_estimate, critic_bound            information the critics find between held-out pairs, and the most they can show
     orthogonality_loss                       L_perp
     ramp                                     r(t) in [0, 1]
     {term}_gradient_share                    stage 2: a weighted term's gradient norm over the sum of all terms'
@@ -217,7 +217,7 @@ class DIVATrainer(_StageTrainer):
         with _evaluating_frozen(self.umm):
             trainer = EncoderTrainer(stage, args, train_dataset=stream, data_collator=collator, callbacks=self._given)
             if config.stage1_penalty and config.unique_weight:
-                trainer.critics = new_critics(config.factor_size, len(self.layers), config)
+                trainer.critics = new_critics(config.factor_size, len(self.layers), config, length > len(self.data))
             trainer.fit()
         trainer._keep(encoders, finished)
         if trainer.is_world_process_zero():
@@ -238,7 +238,8 @@ class DIVATrainer(_StageTrainer):
             if self.args.factors:
                 self.encoders = (self.encoders or self.warm_up()).to(self.args.device).eval()
                 self.accelerator.unwrap_model(self.model).take(self.encoders, self.layers)
-                self.critics = new_critics(self.encoders.config.factor_size, len(self.layers), self.args)
+                repeats = len(self.train_dataset) > len(self.data)  # type: ignore[arg-type]
+                self.critics = new_critics(self.encoders.config.factor_size, len(self.layers), self.args, repeats)
             if isinstance(resume_from_checkpoint, str):
                 self._load_extras(Path(resume_from_checkpoint))
             if self.args.lora_rank:

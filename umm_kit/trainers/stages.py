@@ -153,8 +153,8 @@ def shared_terms(
 class ReleasedCritic(UniqueCritic):
     """CLUB as DIVA's authors released it: what one vector tells of another by a diagonal normal, fitted as training goes on.
 
-    See ``gaussian_scores(variant="released")``. On each batch one step of maximum likelihood, after its penalty; no buffer, and
-    no threshold: it always pushes. ``held_out`` is the InfoNCE estimate of its scores, a lower bound as with any scores.
+    See ``gaussian_scores(variant="released")``. On each batch one step of maximum likelihood, after its penalty; no buffer,
+    nothing kept out of it, and no threshold: it always pushes. ``held_out`` is the InfoNCE estimate of its scores.
 
     Example:
         >>> ReleasedCritic(2)(torch.randn(8, 2), torch.randn(8, 2), torch.arange(8)).active  # untrained
@@ -162,7 +162,7 @@ class ReleasedCritic(UniqueCritic):
     """
 
     def __init__(self, size: int, seed: int = 0, learning_rate: float = 1e-3):
-        super().__init__(size, capacity=2, batch_size=2, threshold=-math.inf, seed=seed)
+        super().__init__(size, capacity=2, batch_size=2, threshold=-math.inf, seed=seed, repeats=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.critic = ConditionalGaussian(size, size, variant="released")  # type: ignore[assignment]
@@ -176,11 +176,11 @@ class ReleasedCritic(UniqueCritic):
         self.optimizer.zero_grad()
 
 
-def new_critics(size: int, layers: int, config: DIVAConfig) -> list[UniqueCritic]:
-    """As many for each layer as :func:`unique_terms` takes."""
+def new_critics(size: int, layers: int, config: DIVAConfig, repeats: bool) -> list[UniqueCritic]:
+    """As many for each layer as :func:`unique_terms` takes; ``repeats``: whether training sees an anchor more than once."""
     if config.penalty == "within":
         return [ReleasedCritic(size, seed=config.seed + k).to(config.device) for k in range(layers * len(FLOWS))]
-    return [UniqueCritic(size, seed=config.seed + k).to(config.device) for k in range(layers)]
+    return [UniqueCritic(size, seed=config.seed + k, repeats=repeats).to(config.device) for k in range(layers)]
 
 
 def unique_terms(z: Factors, critics: Sequence[UniqueCritic], batch: Mapping[str, Any], config: DIVAConfig) -> dict[str, Tensor]:
