@@ -1,6 +1,7 @@
 """The third family: what stands for noise, what a velocity is and where it leads, latents, and training by every trainer."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -88,12 +89,26 @@ def test_noise_belongs_to_the_ids(model, batch):
 
 
 def test_the_true_velocity_leads_to_the_image(model, batch, monkeypatch):
-    """v = e - z = (x_s - z) / s: Euler's steps along it end at z, in any number, with noise of any size."""
+    """v = e - z = (x_s - z) / s: the steps end at z, any number of them, from noise of any size."""
     z = model.image_tokenizer.encode(batch["images"])
     monkeypatch.setattr(model, "_velocity", lambda x, levels, ids: ((x - z) / levels[..., None], {}))
     for steps, temperature in ((1, 1.0), (7, 1.0), (3, 0.3)):
         drawn = model.generate(batch["texts"], decoding=Decoding(steps=steps, temperature=temperature, guidance=1.0))
         torch.testing.assert_close(drawn, model.image_tokenizer.decode(z), atol=1e-4, rtol=0)
+
+
+def test_each_step_predicts_the_image_and_noises_it_anew(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        model, "_velocity", lambda x, levels, ids: (seen.append((x, float(levels[0, 0]))) or torch.ones_like(x), {})
+    )
+    model.generate(["a red circle"], decoding=Decoding(steps=3, guidance=1.0), generator=torch.Generator().manual_seed(0))
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(seen[0][0].shape, generator=draws)
+    assert [s for _, s in seen] == pytest.approx([1, 4 / 5, 1 / 2])  # 2 u / (1 + u) of 1, 2/3, 1/3
+    for (_, level), (there, below) in itertools.pairwise(seen):
+        x = (1 - below) * (x - level) + below * torch.randn(x.shape, generator=draws)
+        torch.testing.assert_close(there, x)
 
 
 def test_guidance_goes_on_from_the_empty_text(model, monkeypatch):

@@ -180,14 +180,18 @@ class FlowUMM(Draws, OmniUMM):
     def _fill(
         self, texts: Sequence[str], images: Tensor | None, hidden: Tensor, decoding: Decoding, generator: Any
     ) -> Float[Tensor, "B 3 H W"]:
-        """Euler steps from noise at level ``temperature`` to the image; shown tokens stay at level 0."""
+        """From noise times ``temperature`` to the image, which each step predicts and noises anew to the next, lower level.
+
+        x' = (1 - s') (x - s v) + s' e. The fresh noise e hides errors of earlier steps, which Euler steps along v would keep: a
+        small model meets more prompts so, but fewer of the images that a prompt may mean. Shown tokens stay at level 0.
+        """
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         ids, empty = (self.pack_captions(t).to(self.device) for t in (texts, [""] * len(texts)))
         shape = (len(texts), self.num_image_tokens, self.image_tokenizer.config.latent_channels)
         noise = torch.randn(shape, generator=generator).to(self.device) * decoding.temperature
         known = torch.zeros_like(noise) if images is None else self.image_tokenizer.encode(images.to(self.device)).float()
-        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=SHIFT, stochastic_sampling=True)
         scheduler.set_timesteps(sigmas=[1 - k / decoding.steps for k in range(decoding.steps)], device=self.device)
         x = torch.where(hidden[..., None], noise, known)
         for k, step in enumerate(scheduler.timesteps):
@@ -196,7 +200,7 @@ class FlowUMM(Draws, OmniUMM):
             if decoding.guidance != 1:
                 free = self._velocity(x, levels, empty)[0].float()
                 v = free + decoding.guidance * (v - free)
-            x = torch.where(hidden[..., None], scheduler.step(v, step, x).prev_sample, known)
+            x = torch.where(hidden[..., None], scheduler.step(v, step, x, generator=generator).prev_sample, known)
         return self.image_tokenizer.decode(x).float()
 
     def image_log_prob(
