@@ -193,6 +193,11 @@ def test_the_log_tells_each_terms_share(model, tmp_path):
         total += entry["ramp"] * 0.6 * (entry["shared_loss"] + entry["unique_loss"])
         assert entry["loss"] == pytest.approx(total, rel=1e-4)
     assert {"shared_estimate", "shared_bound", "shared_accuracy", "critic_estimate", "unique_active"} <= set(log[-1])
+    first = [entry for entry in json.loads((tmp_path / "stage1/run.json").read_text())["log"] if "loss" in entry]
+    of_tasks = {f"{flow}_gradient_share" for flow in ("understanding", "generation")}
+    told = [{k: v for k, v in entry.items() if k.endswith("_gradient_share")} for entry in first]
+    assert [set(shares) for shares in told] == [of_tasks, of_tasks | {"orthogonality_gradient_share"}]
+    assert all(sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0 for shares in told)
 
 
 def test_without_factor_terms_it_is_fine_tuning(model, tmp_path):
@@ -550,8 +555,8 @@ def test_terms_without_gradient_and_terms_that_dominate_are_called_out(model, tm
     assert [entry["unique_warning"] for entry in log] == [0, 0, 0, -1, -1, -1], "not before the ramp ends"
     assert log[-1]["unique_gradient_share"] == 0 and log[-1]["unique_active"] == 0
     assert [entry["understanding_warning"] for entry in log[3:]] == [1, 1, 1] and log[-1]["understanding_gradient_share"] > 0.9
-    assert caplog.text.count("unique hardly moves the model: 0.0 %") == 1
-    assert caplog.text.count("understanding dominates the model") == 1
+    assert caplog.text.count("unique hardly moves what is trained: 0.0 %") == 1
+    assert caplog.text.count("understanding dominates what is trained") == 1
     assert log[-1]["shared_estimate"] <= log[-1]["shared_bound"] == pytest.approx(np.log(12))
 
 

@@ -18,7 +18,7 @@ The log of a run (``run.json``, ``stage1/run.json``) holds, besides what transfo
     critic_estimate, critic_bound            information the critics find between held-out pairs, and the most they can show
     orthogonality_loss                       L_perp
     ramp                                     r(t) in [0, 1]
-    {term}_gradient_share                    stage 2: a weighted term's gradient norm over the sum of all terms'
+    {term}_gradient_share                    a weighted term's gradient norm over the sum of all terms'
     {term}_warning                           after the ramp: -1 if that share is below .01 (a dead loss), 1 above .9, else 0
 
 The last two are of the steps that are logged alone, all others means since the line before.
@@ -74,6 +74,7 @@ class _StageTrainer(UMMTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self.critics: list[UniqueCritic] = []
         self.queues: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._warned: set[tuple[str, int]] = set()
         super().__init__(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -111,6 +112,37 @@ class _StageTrainer(UMMTrainer):
             raise OSError(f"{part} could not be written ({error}); make room, then go on with --resume True") from error
         return encoders
 
+    def _gradient(self, loss: Tensor) -> list[Tensor | None]:
+        """Of this process's loss, by the trained parameters of what the stage trains; the graph is kept."""
+        if not loss.requires_grad:
+            return []
+        return list(torch.autograd.grad(loss, self._in_graph(), retain_graph=True, allow_unused=True))
+
+    def _in_graph(self) -> list[Tensor]:
+        """The trained parameters; under FSDP not the pieces, but what the forward pass gathered from them."""
+        stage, found = self.accelerator.unwrap_model(self.model), list[Tensor]()
+        trained = getattr(stage, "model", stage)  # the backbone alone, where it is trained
+        reshard(stage)
+        for part in (m for m in stage.modules() if isinstance(m, FSDPModule)):
+            part.unshard()
+            found += [p for p in trained.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+            part.reshard()
+        return found if self.is_fsdp_enabled else [p for p in trained.parameters() if p.requires_grad]
+
+    def _shares(self, weighted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each term's gradient norm over the sum of all terms' (its own share of the push, directions aside), and a warning."""
+        norms = {name.removesuffix("_loss"): norm_of(self._gradient(term)) for name, term in weighted.items()}
+        total, out = sum(norms.values()) or 1.0, dict[str, Tensor]()
+        for name, norm in norms.items():
+            share = norm / total
+            sign = (share > _LOUD) - (share < _QUIET) if self._ramp() == 1 and len(norms) > 1 else 0
+            out |= {f"{name}_gradient_share": torch.tensor(share), f"{name}_warning": torch.tensor(float(sign))}
+            if sign and (name, sign) not in self._warned:
+                what = "dominates" if sign > 0 else "hardly moves"
+                logger.warning("%s %s what is trained: %.1f %% of all gradient norms", name, what, 100 * share)
+                self._warned.add((name, sign))
+        return out
+
 
 class EncoderTrainer(_StageTrainer):
     """Stage 1: shared factors alone for ``shared_only`` of the steps, then unique ones with them."""
@@ -122,11 +154,17 @@ class EncoderTrainer(_StageTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The penalty rises over ``ramp_share`` of the steps that the unique factors have."""
-        config, step = self.args, self.state.global_step
-        begin, rise = config.shared_only * config.max_steps, config.ramp_share * (1 - config.shared_only) * config.max_steps
-        ramp = min(1.0, max(0.0, step - begin) / rise) if rise else 1.0
-        inputs = {"batch": inputs, "unique": step >= begin, "critics": self.critics, "ramp": ramp}
-        return super().compute_loss(model, inputs, return_outputs)
+        unique, ramp = self.state.global_step >= self.args.shared_only * self.args.max_steps, self._ramp()
+        terms = model(inputs, unique, self.critics, ramp)
+        if self.state.global_step % max(int(self.args.logging_steps), 1) == 0:
+            terms = terms | self._shares(self.accelerator.unwrap_model(model).weighted(terms, ramp))
+        self.note_parts(terms)
+        return (terms["loss"], terms) if return_outputs else terms["loss"]
+
+    def _ramp(self) -> float:
+        begin = self.args.shared_only * self.args.max_steps
+        rise = self.args.ramp_share * (self.args.max_steps - begin)
+        return min(1.0, max(0.0, self.state.global_step - begin) / rise) if rise else 1.0
 
 
 class DIVATrainer(_StageTrainer):
@@ -154,7 +192,6 @@ class DIVATrainer(_StageTrainer):
         self.umm, self.layers, self.encoders, self.data = model, layers, encoders, train_dataset
         self._came = None if encoders is None else checksum(encoders)
         self._given = kwargs.get("callbacks")  # both stages have them
-        self._warned: set[tuple[str, int]] = set()
         stage = BackboneStage(model, encoders, layers, args)
         length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         collator = FlowCollator(train_dataset, model.grid, args, args.replay_every)
@@ -301,22 +338,6 @@ class DIVATrainer(_StageTrainer):
         outputs = {"loss": loss, **terms}
         return (loss, outputs) if return_outputs else loss
 
-    def _gradient(self, loss: Tensor) -> list[Tensor | None]:
-        """Of this process's loss, by the trained parameters of the backbone; the graph is kept."""
-        if not loss.requires_grad:
-            return []
-        return list(torch.autograd.grad(loss, self._in_graph(), retain_graph=True, allow_unused=True))
-
-    def _in_graph(self) -> list[Tensor]:
-        """The trained parameters of the backbone; under FSDP not the pieces, but what the forward pass gathered from them."""
-        stage, found = self.accelerator.unwrap_model(self.model), list[Tensor]()
-        reshard(stage)
-        for part in (m for m in stage.modules() if isinstance(m, FSDPModule)):
-            part.unshard()
-            found += [p for p in self.umm.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-            part.reshard()
-        return found if self.is_fsdp_enabled else [p for p in self.umm.parameters() if p.requires_grad]
-
     def _equal(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By what the two task losses are multiplied so that their gradients are equally long (see :func:`equalising`)."""
         found = [self._gradient(terms[f"{flow}_loss"]) for flow in FLOWS]
@@ -331,20 +352,6 @@ class DIVATrainer(_StageTrainer):
         mixed = zip(parameters, projected(*(self._gradient(task) for task in tasks)), strict=True)
         push = torch.stack([(p * gradient).sum() for p, gradient in mixed if gradient is not None]).sum()
         return loss.detach() + (push - push.detach())
-
-    def _shares(self, weighted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each term's gradient norm over the sum of all terms' (its own share of the push, directions aside), and a warning."""
-        norms = {name.removesuffix("_loss"): norm_of(self._gradient(term)) for name, term in weighted.items()}
-        total, out = sum(norms.values()) or 1.0, dict[str, Tensor]()
-        for name, norm in norms.items():
-            share = norm / total
-            sign = (share > _LOUD) - (share < _QUIET) if self._ramp() == 1 and len(norms) > 1 else 0
-            out |= {f"{name}_gradient_share": torch.tensor(share), f"{name}_warning": torch.tensor(float(sign))}
-            if sign and (name, sign) not in self._warned:
-                what = "dominates" if sign > 0 else "hardly moves"
-                logger.warning("%s %s the model: %.1f %% of all gradient norms", name, what, 100 * share)
-                self._warned.add((name, sign))
-        return out
 
     def _enqueue(self, batch: Mapping[str, Any], targets: Sequence[Factors] | None) -> None:
         if targets is None:

@@ -263,11 +263,15 @@ class EncoderStage(nn.Module):
             for name, value in terms.items():
                 found.setdefault(name, []).append(value)
         means = {name: torch.stack(values).mean() for name, values in found.items()}
-        weights = {"orthogonality_loss": config.orthogonality_weight, "shared_loss": config.shared_weight}
-        weights["unique_loss"] = ramp * config.unique_weight
-        losses = [weights.get(name, 1.0) * value for name, value in means.items() if name.endswith("_loss")]
         gains = {f"{flow}_gain": r.per_example_loss.mean() - means[f"{flow}_loss"] for flow, r in zip(FLOWS, (u, g), strict=True)}
-        return {"loss": torch.stack(losses).sum(), **means, **{name: value.detach() for name, value in gains.items()}}
+        loss = torch.stack(list(self.weighted(means, ramp).values())).sum()
+        return {"loss": loss, **means, **{name: value.detach() for name, value in gains.items()}}
+
+    def weighted(self, terms: Mapping[str, Tensor], ramp: float) -> dict[str, Tensor]:
+        """Those terms that are losses, as they enter the sum."""
+        weights = {"orthogonality_loss": self.config.orthogonality_weight, "shared_loss": self.config.shared_weight}
+        weights["unique_loss"] = ramp * self.config.unique_weight
+        return {name: weights.get(name, 1.0) * value for name, value in terms.items() if name.endswith("_loss")}
 
 
 # --- stage 2 -----------------------------------------------------------------------------------------------------------
