@@ -84,7 +84,10 @@ def post_train(
     config = config_of(arm, preset, seed, folder, rate, steps)
     trainer = (DIVATrainer if arm in OF_DIVA else LatentUMMTrainer)(model, config, data)
     trainer.train()
-    return model.eval(), content_of(config, trainer, started, ARMS[arm])
+    content = content_of(config, trainer, started, ARMS[arm])
+    if arm not in OF_DIVA:
+        content["rollouts"] = trainer.before_and_after()
+    return model.eval(), content
 
 
 def judge(model: Any, split: str, n: int, n_prompts: int, seed: int, preset: Preset) -> dict[str, list[float]]:

@@ -174,11 +174,7 @@ class PreferenceTrainer(UMMTrainer):
                 "rollouts": args.rollouts, "temperature": args.temperature, "drawing_steps": args.drawing_steps,
             }  # fmt: skip
             if not (part := self._kept(file, made_of)):
-                generator = torch.Generator().manual_seed(1_000_003 * args.seed + places[0])
-                decoding = Decoding(steps=args.drawing_steps, temperature=args.temperature)
-                with evaluating(self.umm):
-                    drawn, scores = roll_out(self.umm, self._frozen[0], texts, args.rollouts, decoding, generator)
-                part = {"drawn": drawn, "scores": scores}
+                part = self._drawn(self.umm, texts, places[0])
                 if self.is_world_process_zero():
                     tensors = {k: v.contiguous() for k, v in part.items()}
                     save_file(tensors, file.with_suffix(".partial"), {"made_of": json.dumps(made_of)})
@@ -186,6 +182,27 @@ class PreferenceTrainer(UMMTrainer):
             parts.append((texts, part))
         texts = [text for some, _ in parts for text in some]
         return Rollouts(texts, *(torch.cat([part[name] for _, part in parts]) for name in ("drawn", "scores")))
+
+    def _drawn(self, model: Any, texts: Sequence[str], first: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.args.seed + first)
+        decoding = Decoding(steps=self.args.drawing_steps, temperature=self.args.temperature)
+        with evaluating(model):
+            drawn, scores = roll_out(model, self._frozen[0], texts, self.args.rollouts, decoding, generator)
+        return {"drawn": drawn, "scores": scores}
+
+    def before_and_after(self, prompts: int = 128) -> dict[str, dict[str, float]]:
+        """Scores of rollouts of the same prompts with the same noise, by the model as it came and as it is now.
+
+        Prompts that no round drew. The frozen reader judges both; whoever never trained on pairs can be judged, too.
+        """
+        stream = Stream(self.data, self.args.rounds * self.args.prompts + prompts, self.args.seed + 2)
+        last, size, out = len(stream) - prompts, max(1, 64 // self.args.rollouts), dict[str, dict[str, float]]()
+        starts = range(last, len(stream), size)
+        texts = [captions_of(stream.__getitems__(range(k, min(k + size, len(stream))))) for k in starts]
+        for name, model in (("before", self._frozen[0]), ("after", self.umm)):
+            parts = [self._drawn(model, some, k) for some, k in zip(texts, starts, strict=True)]
+            out[name] = Rollouts([], *(torch.cat([part[key] for part in parts]) for key in ("drawn", "scores"))).spread()
+        return out
 
     def _kept(self, file: Path, made_of: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """What a batch's file holds; None if there is none or a crash left half of one."""
