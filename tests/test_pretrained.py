@@ -379,7 +379,7 @@ def test_liquid_without_its_image_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="folder image_tokenizer beside"):
         LiquidUMM(model.model, model.words)
     model.model.config.vocab_size -= 1
-    with pytest.raises(ValueError, match="do not fit into a vocabulary"):
+    with pytest.raises(ValueError, match="do not fit a vocabulary"):
         LiquidUMM(model.model, model.words, vq=model.vq)
 
 

@@ -89,10 +89,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     dtype = ("--dtype", {"default": "float32", "help": "of the weights; bfloat16 halves them (default: %(default)s)"})
     device = ("--device", {"default": "auto", "help": "as cpu, cuda:1, or cuda:0,cuda:1, which share layers (default: auto)"})
     data = ("--data", {"default": "shapes", "help": "shapes, digits, or an image-text folder (default: %(default)s)"})
-    guidance = (
-        "--guidance",
-        {"type": float, "default": 3.0, "help": "of drawing, classifier-free; 1: none (default: %(default)s)"},
-    )
+    guidance = ("--guidance", {"type": float, "default": 3.0, "help": "of drawing; 1: none (default: %(default)s)"})
     chance = ("--temperature", {"type": float, "default": 1.0, "help": "of drawing (default: %(default)s)"})
     record = ("--output", {"type": Path, "metavar": "FILE.json", "help": "also write all of it, with the record of the run"})
     folder = ("--notebooks", {"default": "notebooks", "metavar": "FOLDER", "help": "(default: %(default)s)"})
@@ -253,7 +250,7 @@ def _keep(found: Any, args: argparse.Namespace) -> int:
     if args.output:
         found.save(args.output)
         print(f"written to {args.output}")
-    if args.figure:
+    if getattr(args, "figure", None):
         _draw(found.plot(), args.figure)
     return 0
 
@@ -317,14 +314,12 @@ def evaluate(args: argparse.Namespace) -> int:
     decoding = uk.Decoding(guidance=args.guidance, temperature=args.temperature)
     result = uk.evaluate(model, data, seed=args.seed, n_prompts=args.prompts, decoding=decoding)
     result.record |= {"model": args.model, "command": command(args.argv)}
-    print(f"{result!r}\n{result.record['seconds']:.0f} seconds on {result.record['device']}")
-    if args.output:
-        result.save(args.output)
-        print(f"written to {args.output}")
-        if (args.output.parent / "run.json").exists():
-            from umm_kit.models.card import write_card
+    print(result)
+    _keep(result, args)
+    if args.output and (args.output.parent / "run.json").exists():
+        from umm_kit.models.card import write_card
 
-            print(f"and {write_card(args.output.parent)}")
+        print(f"and {write_card(args.output.parent)}")
     return 0
 
 

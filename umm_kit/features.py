@@ -189,9 +189,7 @@ def read(folder: str | Path, layers: Sequence[int] | None = None) -> Features:
         settings = json.loads(about.read_text())["settings"]
         wanted = -(-settings["n"] // settings["batch_size"])
         if len(names) < wanted:
-            raise ValueError(
-                f"{folder} holds {len(names)} of {wanted} shards; extract again into it, which makes the missing ones"
-            )
+            raise ValueError(f"{folder} holds {len(names)} of {wanted} shards; extract again into it for the missing ones")
     parts = [_read_shard(name, layers) for name in names]
     out = _join(parts)
     if len(set(out.ids)) < len(out.ids):

@@ -301,9 +301,7 @@ class ImageText(ItemByItem):
         image, text = self.image_column or "file_name", self.text_column or "text"
         for wanted, option in ((image, "image_column"), (text, "text_column")):
             if columns and wanted not in columns:
-                raise ValueError(
-                    f"{file} has the columns {sorted(columns)}; expected {wanted!r} (name another one with {option}=)"
-                )
+                raise ValueError(f"{file} has the columns {sorted(columns)}; expected {wanted!r} (name another with {option}=)")
         named = set()
         for number, row in lines:
             where = f"{file.name} line {number}"

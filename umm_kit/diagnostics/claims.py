@@ -46,9 +46,7 @@ def middle(depth: np.ndarray, bands: Bands) -> tuple[float, float, float]:
     first, second = 1 / 3 + 1e-3, 2 / 3 + 1e-3  # depths that were saved are rounded
     thirds = depth <= first, (depth > first) & (depth <= second), depth > second
     if not all(third.any() for third in thirds):
-        raise ValueError(
-            f"layers at the relative depths {depth.round(2).tolist()} leave a third empty; expected at least 3 layers"
-        )
+        raise ValueError(f"layers at relative depths {depth.round(2).tolist()} leave a third empty; expected at least 3 layers")
     shallow, mid, deep = (_means(bands, third) for third in thirds)
     ends = [max(a, b) for a, b in zip(shallow, deep, strict=True)]
     return mid[0] - ends[2], mid[1] - ends[1], mid[2] - ends[0]

@@ -184,9 +184,7 @@ def paired_map(
     mine, theirs = list(ids), list(ids if G_ids is None else G_ids)
     place = {name: row for row, name in enumerate(theirs)}
     if len(set(mine)) < len(mine) or len(place) < len(theirs) or set(mine) != set(place):
-        raise ValueError(
-            f"{len(mine)} and {len(theirs)} ids repeat or differ between the flows; expected the same unique ids in both"
-        )
+        raise ValueError(f"{len(mine)} and {len(theirs)} ids repeat or differ between flows; expected the same unique ids")
     if (len(u), len(g)) != (len(mine), len(theirs)) or u.shape[1] != g.shape[1]:
         raise ValueError(f"states are {u.shape} and {g.shape} for {len(mine)} ids; expected a row for each, of one width")
     g = g[[place[name] for name in mine]]
@@ -241,9 +239,7 @@ def nearness(
     rng = np.random.default_rng(seed)
     usable = rng.permutation(np.flatnonzero((rows_a > 0) & (rows_b > 0) if both else rows_a > 1))
     if len(usable) < 2:
-        raise ValueError(
-            f"{len(usable)} labels can be compared; expected at least 2, of two rows each (with Y: one on each side)"
-        )
+        raise ValueError(f"{len(usable)} labels can be compared; expected at least 2, two rows each (with Y: one on each side)")
     fit = int((np.cumsum((rows_a + rows_b * both)[usable]) <= SCORED).sum())
     in_a, in_b = (np.isin(side, usable[: max(2, fit)]) for side in (a, b))
     x, y, a, b = x[in_a], y[in_b], a[in_a], b[in_b]
@@ -320,9 +316,7 @@ def _cached(x: np.ndarray, method: str, seed: int, settings: dict[str, Any], cac
     try:
         library = version(_PACKAGES[method])
     except PackageNotFoundError as error:
-        raise ImportError(
-            f"{method!r} needs {_PACKAGES[method]}: pip install {_PACKAGES[method]} (or choose 'pca', 'tsne')"
-        ) from error
+        raise ImportError(f"{method!r} needs {_PACKAGES[method]}: pip install {_PACKAGES[method]} (or 'pca', 'tsne')") from error
     if cache is None:
         return _embedded(x, method, seed, settings).astype(np.float64)
     about = json.dumps([method, seed, settings, library, x.shape], sort_keys=True)
@@ -333,9 +327,7 @@ def _cached(x: np.ndarray, method: str, seed: int, settings: dict[str, Any], cac
             positions = stored["positions"]
         if positions.shape == (len(x), 2) and np.isfinite(positions).all():
             return positions
-        warnings.warn(
-            f"{file} holds {positions.shape}, not finite positions of {len(x)} rows; the map is made anew", stacklevel=3
-        )
+        warnings.warn(f"{file} holds {positions.shape}, not finite positions of {len(x)} rows; it is made anew", stacklevel=3)
     except FileNotFoundError:
         pass
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:

@@ -249,9 +249,7 @@ def audit(
     scenes = collect(model, data, layer, batch_size, seed)
     truth = truth_table(scenes.inputs, scenes.factors, seed)
     targets = {flow: _shares(parts, scenes.factors, seed) for flow, parts in scenes.targets.items()}
-    relevance = pd.DataFrame(
-        {"factor": list(scenes.factors), **{flow: [share for share, *_ in t] for flow, t in targets.items()}}
-    )
+    relevance = pd.DataFrame({"factor": list(scenes.factors), **{flow: [s for s, *_ in t] for flow, t in targets.items()}})
     done = score(encoders, scenes.flows, scenes.factors, dict(zip(truth["factor"], truth["kind"], strict=True)), rivals, seed)
     return Audit(done.frame, done.rivals, truth, relevance)
 

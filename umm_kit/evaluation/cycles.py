@@ -185,9 +185,7 @@ def batches(data: Any, batch_size: int, start: str) -> Iterator[dict[str, Any]]:
         seen_ids |= set(ids)
         texts = [str(item.get("texts") or "") for item in items]
         if start == "text" and (bare := [i for i, text in zip(ids, texts, strict=True) if not text.strip()]):
-            raise ValueError(
-                f"{len(bare)} items have no caption, such as {bare[0]!r}; start='text' needs one each (or start='image')"
-            )
+            raise ValueError(f"{len(bare)} items have no caption, such as {bare[0]!r}; start='text' needs one each (or 'image')")
         yield {"ids": ids, "texts": texts, "images": check_images(torch.stack([item["images"] for item in items]))}
 
 

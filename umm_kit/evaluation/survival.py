@@ -337,9 +337,7 @@ def private_code(drift: Drift) -> Difference:
     def agreement_after(steps: int) -> np.ndarray:
         """[items], how much of each text is still said or shown so many steps later, over texts and repeats."""
         columns = [list(zip(*trace.contents, strict=True)) for trace in drift.traces]
-        return np.array(
-            [np.mean([_agrees(c[s], c[s + steps]) for c in same for s in told]) for same in zip(*columns, strict=True)]
-        )
+        return np.array([np.mean([_agrees(c[s], c[s + steps]) for c in run for s in told]) for run in zip(*columns, strict=True)])
 
     return paired_difference(agreement_after(2), agreement_after(1))
 

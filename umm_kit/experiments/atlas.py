@@ -117,9 +117,7 @@ def run(preset: Preset, records: str | Path, folder: str | Path, part: tuple[int
         }  # fmt: skip
         if task == "joint":
             found = diagnose(model, data, mask_ratios=(0.4,), seed=seed, progress=False).frame
-            content["diagnosis"] = (
-                found[["panel", "series", "layer", "value", "low", "high"]].round(5).to_dict("split", index=False)
-            )
+            content["diagnosis"] = found[SERIES].round(5).to_dict("split", index=False)
         ledger.add(title(cell, seed, task), content)
     return summary(ledger.records())
 

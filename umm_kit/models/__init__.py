@@ -83,9 +83,7 @@ def _with_adapter(folder: Path, device: str, dtype: str, download: bool) -> Any:
         about = file.metadata() or {}
     model = load(base, device, about.get("base_dtype", "float32"), download)  # as it was when the adapter was trained
     if "base_checksum" in about and str(checksum(model)) != about["base_checksum"]:
-        raise ValueError(
-            f"the adapter in {folder} was trained on other weights than those of {base!r}; name the right base model"
-        )
+        raise ValueError(f"the adapter in {folder} was trained on other weights than those of {base!r}; name the right base")
     model = cast(model, resolve_dtype(dtype, next(model.parameters()).device))
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
 

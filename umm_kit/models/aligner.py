@@ -137,12 +137,10 @@ class LatentAligner(PreTrainedModel):
     def fuse(self, e_text: Float[Tensor, "B e"], e_image: Float[Tensor, "B e"]) -> Float[Tensor, "B z"]:
         """z_fused = phi(e_text, e_image): both tokens see each other, then an MLP reads both; needs ``source="fused"``."""
         if self.fusion is None:
-            raise ValueError(
-                "source is 'text': nothing would train the fusion, so it was not built; make one with source='fused'"
-            )
+            raise ValueError("source is 'text': nothing would train the fusion, so it was not made; make one with source='fused'")
         text, image = self._text_token(e_text), self._image_token(e_image)
         if len(text) != len(image):
-            raise ValueError(f"there are {len(text)} texts and {len(image)} images; expected row i of both from the same item")
+            raise ValueError(f"there are {len(text)} texts and {len(image)} images; expected row i of both from one item")
         return self.fusion(self.encoder(torch.stack([text, image], 1)).flatten(1))
 
     def generate(self, z: Float[Tensor, "B z"]) -> Float[Tensor, "B e"]:  # type: ignore[override]
@@ -159,9 +157,7 @@ class LatentAligner(PreTrainedModel):
         """Both latents, and one cycle out of the latent and back, from row i of both embeddings of the same item."""
         z_text, z_image = self.encode_text(e_text), self.encode_image(e_image)
         if len(z_text) != len(z_image):
-            raise ValueError(
-                f"there are {len(z_text)} texts and {len(z_image)} images; expected row i of both from the same item"
-            )
+            raise ValueError(f"there are {len(z_text)} texts and {len(z_image)} images; expected row i of both from one item")
         z_fused = None if self.fusion is None else self.fuse(e_text, e_image)
         z = z_text if z_fused is None else z_fused
         x_hat = self.generate(z)

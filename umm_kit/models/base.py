@@ -320,9 +320,7 @@ def elbo_masks(
         5
     """
     if draws < 2 or draws % 2 or n < 1 or total < 1:
-        raise ValueError(
-            f"{draws=}, {n=}, {total=}; expected an even number of draws from 2 on, and at least one example and token"
-        )
+        raise ValueError(f"{draws=}, {n=}, {total=}; expected an even number of draws from 2 on, and some example and token")
     pairs = draws // 2
     u = (torch.arange(pairs)[:, None] + 1 - torch.rand(pairs, n, generator=generator)) / draws  # in (0, 1/2]
     hidden = (u * total).ceil().long().clamp(1, total)[..., None]

@@ -202,9 +202,7 @@ class _Trial:
             b = self._generation(self._with(changed), layers=[0]).hidden_states[0]
             moved = (a - b).abs().amax((0, 2)).nonzero()[:, 0].tolist()
             if not moved:
-                raise ValueError(
-                    f"with another content at place {place}, which is shown, no input state moves; is it read at all?"
-                )
+                raise ValueError(f"with other content at place {place}, which is shown, no input state moves; is it read at all?")
             if moved != [place]:
                 raise ValueError(
                     f"with another content at place {place} the input states of places {moved} move; they must be in raster order"

@@ -191,7 +191,5 @@ class HookedUMM(nn.Module):
                 f"layer {layer} gave states {tuple(states.shape)}; expected [{len(places)}, sequence, {self.hidden_size}]"
             )
         if int(places.max()) >= states.shape[1] or int(places.min()) < 0:
-            raise ValueError(
-                f"image tokens stand at up to {int(places.max())}, and layer {layer} saw {states.shape[1]} positions"
-            )
+            raise ValueError(f"image tokens stand up to {int(places.max())}, and layer {layer} saw {states.shape[1]} positions")
         return states.gather(1, places[..., None].expand(-1, -1, states.shape[2]))

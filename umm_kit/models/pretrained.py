@@ -288,9 +288,7 @@ class LiquidUMM(OneVocabulary):
         self.grid = self.seen_grid = (side, side)
         codes = torch.arange(vq.config.num_embeddings) + len(words)
         if int(codes[-1]) >= model.config.vocab_size:
-            raise ValueError(
-                f"{len(words)} words and {len(codes)} codes do not fit into a vocabulary of {model.config.vocab_size}"
-            )
+            raise ValueError(f"{len(words)} words and {len(codes)} codes do not fit a vocabulary of {model.config.vocab_size}")
         self.register_buffer("code_words", codes, persistent=False)
         self.boi, self.eoi, self.nothing = (self.special(token) for token in ("<boi>", "<eoi>", "<unconditional>"))
         self.image_tokenizer = Codes(self, vq)

@@ -291,9 +291,7 @@ def probes(frame: Any, size: tuple[float, float] = (3.7, 3.0)) -> Figure:
         ValueError: no rows.
     """
     panels = []
-    for (flow, kind), mine in sorted(
-        frame.groupby(["flow", "kind"]), key=lambda item: (item[0][0] != "understanding", item[0][1])
-    ):
+    for (flow, kind), mine in sorted(frame.groupby(["flow", "kind"]), key=lambda g: (g[0][0] != "understanding", g[0][1])):
         mine, name = mine.sort_values("layer"), "shuffled scenes"
         lines = {factor: [rows[c] for c in ("layer", "score", "low", "high")] for factor, rows in mine.groupby("factor")}
         control = mine.groupby("layer", as_index=False).control.mean()

@@ -246,9 +246,8 @@ class Stream(torch.utils.data.Dataset):
         if len(self.data) >= ENDLESS:  # examples made on demand come in no order that could matter
             return k
         if epoch not in self._orders:
-            self._orders = {
-                epoch: torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.seed + 7919 * epoch))
-            }
+            rng = torch.Generator().manual_seed(self.seed + 7919 * epoch)
+            self._orders = {epoch: torch.randperm(len(self.data), generator=rng)}
         return int(self._orders[epoch][offset])
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:

@@ -111,21 +111,15 @@ class DIVAConfig(PostTrainArguments):
     )
     understanding_weight: float = 1.0
     generation_weight: float = 1.0
-    equalise_gradients: bool = HfArg(
-        default=False, help="Scale both task gradients to the mean of their norms before weights and sum."
-    )
+    equalise_gradients: bool = HfArg(default=False, help="Scale both task gradients to the mean of their norms, before weights.")
     stop_gradient: bool = HfArg(default=True, help="Alignment is directed (Eq. 10); False: symmetric.")
     temperature: float = 0.1
     mask_equal_facts: bool = varied("Pairs that say the same are no negatives of each other.")
     queue: int = varied("Targets of earlier batches kept as further negatives (directed only).")
     pairs: str = HfArg(default="true", help="'shuffled' is a control: all of DIVA sees U of one anchor with G of the next.")
     random_encoders: bool = HfArg(default=False, help="A control: no stage 1, encoders stay as they were drawn.")
-    bag_of_words: bool = HfArg(
-        default=False, help="A control of stage 1: U's shared bias reads the words that G was shown, not z_sh^G."
-    )
-    ema_role: str = HfArg(
-        default="targets", help="Averaged weights give the alignment's 'targets' (paper), or the final 'weights'."
-    )
+    bag_of_words: bool = HfArg(default=False, help="Control of stage 1: U's shared bias reads the words G was shown, not z_sh^G.")
+    ema_role: str = HfArg(default="targets", help="Averaged weights are alignment's 'targets' (paper), or the final 'weights'.")
     reconstruction_weight: float = HfArg(
         default=0.0, help="Of drawing each image again from U's own states of it (after RecA; a baseline)."
     )

@@ -72,9 +72,7 @@ class LatentExplorer(ipywidgets.VBox):
         self._factors = {name: as_array(values) for name, values in factors.items()}
         sizes = {"images": len(images), "texts": len(texts)} | {name: len(values) for name, values in self._factors.items()}
         if any(list(m.ids) != self.ids for m in everything) or any(size != n for size in sizes.values()):
-            raise ValueError(
-                f"maps of {n} ids came with {sizes}; expected one of each for every id, and the same ids in every map"
-            )
+            raise ValueError(f"maps of {n} ids came with {sizes}; expected one of each per id, and the same ids in every map")
         if reserved := {"x", "y", "flow"} & set(self._factors):
             raise ValueError(f"factors are named {sorted(reserved)}; these names are the map's own, choose others")
         if any(values.ndim != 1 for values in self._factors.values()):
