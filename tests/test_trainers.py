@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from umm_kit.data.shapes import ONE_FLOW, Shapes
 from umm_kit.models import load
+from umm_kit.models.latents import LatentTokenizer
 from umm_kit.models.masked import MaskedUMM
 from umm_kit.models.own import IGNORE
 from umm_kit.models.tokenizers import ImageTokenizer, ImageTokenizerConfig
@@ -673,6 +674,22 @@ def test_tokenizer_training(tmp_path):
     assert torch.equal(again.encode(images), trained.encode(images)) and again.levels == (4, 4, 4)
     scores = record["scores"]
     assert scores["codes"] == 64 and 1 <= scores["perplexity"] <= scores["codes_used"] <= 64 and scores["n"] == 256
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_latent_tokenizer_on_two_processes_is_that_of_one(tmp_path, train_command):
+    """The noise on latents belongs to the examples, and its size to the batch of all processes."""
+    chosen = dict(
+        latent=True, channels=16, depth=2, max_steps=4, warmup_steps=1, logging_steps=1, save_steps=10, bf16=False, ema_decay=0.5,
+        disable_tqdm=True, data="digits", use_cpu=True,
+    )  # fmt: skip
+    train_tokenizer(TokenizerConfig(output_dir=str(tmp_path / "one"), per_device_train_batch_size=16, **chosen))
+    done = train_command("tokenizer", 2, output_dir=tmp_path / "two", per_device_train_batch_size=8, **chosen)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (LatentTokenizer.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert max(float((p - q).abs().max()) for p, q in zip(one.parameters(), two.parameters(), strict=True)) < 1e-5
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5) and len(losses(tmp_path / "one")) == 4
 
 
 @pytest.mark.parametrize(("faster", "said"), [(False, 1), (True, 0)])

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 from transformers import PretrainedConfig, PreTrainedModel
 
 from umm_kit.models.base import check_images
+from umm_kit.models.own import drawn_by
 from umm_kit.models.tokenizers import check_sizes, reconstruction_loss
+
+
+def _deviation(z: Tensor) -> Tensor:
+    """Standard deviation of each channel of [B, c, h, w] over the batches of all processes, with gradient."""
+    sums = torch.stack([z.sum((0, 2, 3)), z.square().sum((0, 2, 3)), torch.full_like(z[0, :, 0, 0], z[:, 0].numel())])
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        sums = all_reduce(sums)
+    total, square, n = sums
+    return ((square - total**2 / n) / (n - 1)).clamp(min=1e-12).sqrt()[:, None, None]
 
 
 class LatentTokenizerConfig(PretrainedConfig):
@@ -105,10 +118,12 @@ class LatentTokenizer(PreTrainedModel):
         """decode(encode(images))."""
         return self.decode(self.encode(images))
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, " ..."]]:
-        """:func:`reconstruction_loss`, as of the tokenizer with codes; in training, of latents with noise."""
+    def forward(self, images: Float[Tensor, "B 3 H W"], numbers: Sequence[int] = ()) -> dict[str, Float[Tensor, " ..."]]:
+        """:func:`reconstruction_loss`, as of the tokenizer with codes; in training, of latents with noise that belongs to the
+        examples' numbers."""
         z = self.autoencoder.encode(images * 2 - 1).latents
         if self.training:
-            z = z + self.config.noise * z.std((0, 2, 3), keepdim=True) * torch.randn_like(z)
+            rows = [torch.Generator().manual_seed(k) for k in numbers] or None
+            z = z + self.config.noise * _deviation(z) * drawn_by(torch.randn, z.shape, rows).to(z)
         output = self.autoencoder.decode(z).sample / 2 + 0.5
         return {"loss": reconstruction_loss(output, images), "reconstructions": output}

@@ -63,8 +63,13 @@ class TextureMix(torch.utils.data.Dataset):
         return [item for t, run in groupby(numbers, turn) for item in self.turns[t].__getitems__(list(run))]
 
 
-def images_only(items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+def images_only(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"images": torch.stack([item["images"] for item in items])}
+
+
+def numbered(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """With the examples' numbers, to which the noise on their latents belongs."""
+    return {**images_only(items), "numbers": [item["number"] for item in items]}
 
 
 def trained_tokenizer(folder: Path, latent: bool) -> Any:
@@ -91,7 +96,9 @@ def train(config: TokenizerConfig) -> Any:
         model = LatentTokenizer(LatentTokenizerConfig(channels=config.channels // 2, depth=config.depth // 2))
     else:
         model = ImageTokenizer(ImageTokenizerConfig(channels=config.channels, depth=config.depth, levels=tuple(config.levels)))
-    trainer = UMMTrainer(model, config, train_dataset=Stream(data, length, config.seed), data_collator=images_only)
+    trainer = UMMTrainer(
+        model, config, train_dataset=Stream(data, length, config.seed), data_collator=numbered if config.latent else images_only
+    )
     trainer.fit()
     held_out = open_data(config.data, "validation", n=256, seed=config.seed)
     images = torch.stack([item["images"] for item in held_out.__getitems__(range(len(held_out)))])
