@@ -282,8 +282,8 @@ display(pd.DataFrame(said, index=rows))
 scenes = uk.Shapes("test", n={"full": 256, "tiny": 24}[PRESET], seed=SEED)
 both = {k: uk.diagnose(m, scenes, panels[:3], [0.4], seed=SEED, progress=False) for k, m in two.items()}
 band = lambda d, *names: tuple(d.series(*names)[part] for part in ("depth", "value", "low", "high"))  # noqa: E731
-what = {"residual": "residual", "rank": "increment"}
-plots.curves([plots.Panel(p, "depth", s, {k: band(d, p, s) for k, d in both.items()}) for p, s in what.items()])
+what, x = {"residual": ("residual", "share of energy"), "rank": ("increment", "%")}, f"relative depth (n = {len(scenes)})"
+plots.curves([plots.Panel(p, x, unit, {k: band(d, p, s) for k, d in both.items()}) for p, (s, unit) in what.items()])
 
 # %%
 from umm_kit.diagnostics.claims import shape_claims

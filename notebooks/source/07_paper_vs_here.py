@@ -160,7 +160,8 @@ display(comparison.verdict(effects, "diva").style.hide(axis="index").format(prec
 parts = diva.by_category(records)
 here = [(row.category, row.here, row.low, row.high) for row in parts.itertuples()]
 theirs = [(row.category, row.published, row.published, row.published) for row in parts.itertuples()]
-display(plots.forest({"here": here, "Show-o, as published": theirs}, "prompts met, DIVA - base", columns=2))
+asked = len(next(iter(records.values()))["items"]["generation"]) // len(parts)
+display(plots.forest({f"here (n = {asked} each)": here, "Show-o, as published": theirs}, "prompts met, DIVA - base", columns=2))
 
 # %%
 display(diva.against_paper(records).style.hide(axis="index").format(precision=4, na_rep="-"))

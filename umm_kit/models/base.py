@@ -221,9 +221,7 @@ def check_images(images: Float[Tensor, "B 3 H W"], size: tuple[int, int] | None 
     if not images.is_floating_point():
         raise ValueError(f"images have dtype {images.dtype}; expected floats in [0, 1] (divide bytes by 255)")
     if size is not None and tuple(images.shape[-2:]) != tuple(size):
-        raise ValueError(
-            f"images are {tuple(images.shape[-2:])} pixels; this model reads {tuple(size)}: resize them (uk.ImageText does)"
-        )
+        raise ValueError(f"images are {tuple(images.shape[-2:])} pixels; this model reads {tuple(size)}; resize them")
     if images.numel():
         low, high = images.detach().aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -480,9 +478,7 @@ def check_loaded(info: Mapping[str, Any], name: Any) -> None:
     said = {"missing_keys": "lack", "mismatched_keys": "have other shapes of", "unexpected_keys": "know no"}
     for kind, verb in said.items():
         if keys := sorted(key if isinstance(key, str) else key[0] for key in info[kind]):
-            raise ValueError(
-                f"the weights in {name} {verb} {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}: not this configuration's"
-            )
+            raise ValueError(f"the weights in {name} {verb} {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}: not this model's")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:

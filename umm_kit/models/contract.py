@@ -174,9 +174,7 @@ class _Trial:
     def hidden_unseen(self) -> None:
         contents, mask = self._contents(), self._mask()
         if contents.is_floating_point() and hasattr(self.model, "image_tokenizer"):
-            raise NotAsked(
-                "a hidden token stands as noise of some level, and below level 1 its latent shows through: that is the flow"
-            )
+            raise NotAsked("a hidden token stands as noise of some level, and below level 1 its latent shows through")
         hidden = mask.to(contents.device).view(*mask.shape, *[1] * (contents.ndim - 2))
         changed = torch.where(hidden, contents.roll(1, 0).roll(1, 1), contents)
         if torch.equal(changed, contents):

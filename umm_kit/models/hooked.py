@@ -100,9 +100,7 @@ class HookedUMM(nn.Module):
         if not len(blocks):
             raise ValueError("0 blocks came; expected those that both flows go through, in order")
         if any(id(part) not in inside for part in (*blocks, embedding)):
-            raise ValueError(
-                f"of {len(blocks)} blocks and the embedding, some are not within the {type(module).__name__}; give parts of it"
-            )
+            raise ValueError(f"of {len(blocks)} blocks and the embedding, some are not parts of the {type(module).__name__}")
         if hidden_size is None and not isinstance(getattr(embedding, "weight", None), Tensor):
             raise ValueError(f"the embedding is a {type(embedding).__name__} without weight; give hidden_size=")
         self._parts = (embedding, *blocks)  # a tuple: they are registered in the module already
@@ -187,9 +185,7 @@ class HookedUMM(nn.Module):
     def _at(self, places: Tensor, states: Tensor, layer: int) -> Tensor:
         """States [B, N, d] of the image tokens."""
         if states.ndim != 3 or len(states) != len(places) or states.shape[2] != self.hidden_size:
-            raise ValueError(
-                f"layer {layer} gave states {tuple(states.shape)}; expected [{len(places)}, sequence, {self.hidden_size}]"
-            )
+            raise ValueError(f"layer {layer} gave {tuple(states.shape)}; expected [{len(places)}, sequence, {self.hidden_size}]")
         if int(places.max()) >= states.shape[1] or int(places.min()) < 0:
             raise ValueError(f"image tokens stand up to {int(places.max())}, and layer {layer} saw {states.shape[1]} positions")
         return states.gather(1, places[..., None].expand(-1, -1, states.shape[2]))

@@ -161,9 +161,7 @@ class EmbeddingTable:
             raise ValueError(f"{len(ids) - len(set(ids))} ids occur more than once, such as {twice}; expected each once")
         for name, vectors in (("text", text), ("image", image)):
             if vectors.ndim != 2 or len(vectors) != len(ids) or vectors.shape != text.shape:
-                raise ValueError(
-                    f"{name} vectors are {tuple(vectors.shape)}; expected [{len(ids)}, {text.shape[-1]}], a row for each id"
-                )
+                raise ValueError(f"{name} vectors are {tuple(vectors.shape)}; expected [{len(ids)}, {text.shape[-1]}]")
             if not bool(torch.isfinite(vectors).all()) or bool((vectors.norm(dim=1) == 0).any()):
                 raise ValueError(f"{name} vectors hold NaN, infinity or rows of zeros; expected finite, with a direction")
         self.dim = text.shape[1]

@@ -70,12 +70,8 @@ class PostTrainArguments(UMMArguments):
     model: str = HfArg(default="tiny-masked", help="The model to post-train.")
     data: str = HfArg(default="shapes", help="'shapes', 'digits' or an image-text folder.")
     lora_rank: int = HfArg(default=0, help="Above 0, of adapters that are trained instead of full weights.")
-    load_dtype: str = HfArg(
-        default="float32", help="Of weights that `umm-kit train` loads: 'bfloat16' halves them, for adapters on large models."
-    )
-    replay_every: int = HfArg(
-        default=4, help="Every how many-th example is a question and a full-mask drawing instead of an anchor; 0: none."
-    )
+    load_dtype: str = HfArg(default="float32", help="Of loaded weights: 'bfloat16' halves them, for adapters on large models.")
+    replay_every: int = HfArg(default=4, help="Every so many-th example is a question and a full drawing, no anchor; 0: none.")
     mask_layout: str = "dispersed"
     lr_scheduler_type: str = "cosine"
     muon: bool = False

@@ -47,9 +47,7 @@ class PretrainConfig(UMMArguments):
     output_dir: str | None = "runs/masked"
     model: str = HfArg(default="", help="Go on from this model (fine-tuning); empty starts a new one.")
     family: str = HfArg(default="masked", help="Of a new model: masked, autoregressive or flow.")
-    image_tokenizer: str = HfArg(
-        default="", help="Trained image tokenizer of a new model; empty trains one first, in output_dir/image_tokenizer."
-    )
+    image_tokenizer: str = HfArg(default="", help="Image tokenizer of a new model; empty: train one first, in output_dir.")
     data: str = HfArg(default="shapes", help="'shapes', 'digits' or an image-text folder.")
     texture: str = HfArg(default="mid", help="Entropy of the scenes' patch texture: 'none', 'mid' or 'high'.")
     asymmetric: bool = HfArg(default=False, help="Scenes with a composition of data.shapes.ONE_FLOW are shown to its flow alone.")

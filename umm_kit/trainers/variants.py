@@ -100,9 +100,7 @@ class DIVAConfig(PostTrainArguments):
     single_layer: bool = varied("With no layers chosen, one at two thirds of the depth instead of all middle ones.")
     train_all_layers: bool = varied("Stage 2 trains all parameters, not only the middle.")
     train_encoders: bool = varied("Stage 2 trains the encoders too.")
-    lora_rank: int = HfArg(
-        default=0, help="Above 0, train adapters of this rank on the linear maps of the trained layers, merged at the end."
-    )
+    lora_rank: int = HfArg(default=0, help="Of adapters on linear maps of trained layers, merged at the end; 0: full weights.")
     shared_weight: float = 0.6
     unique_weight: float = 0.6
     penalty: str = varied("On unique factors: 'across' flows (NCE-CLUB, Eq. 7) or 'within' each (CLUB as released).")
@@ -121,7 +119,7 @@ class DIVAConfig(PostTrainArguments):
     bag_of_words: bool = HfArg(default=False, help="Control of stage 1: U's shared bias reads the words G was shown, not z_sh^G.")
     ema_role: str = HfArg(default="targets", help="Averaged weights are alignment's 'targets' (paper), or the final 'weights'.")
     reconstruction_weight: float = HfArg(
-        default=0.0, help="Of drawing each image again from U's own states of it (after RecA; a baseline)."
+        default=0.0, help="Of drawing each image again from U's states (after RecA; a baseline)."
     )
     project_conflicts: bool = HfArg(default=False, help="PCGrad between the two task losses (a baseline).")
     max_steps: int = 12_000
