@@ -208,7 +208,11 @@ _TRAINING = {
     "told apart?": ("share of items", "", ("retrieval_at_1",)),
     "rollouts": ("score", "", ("rollout_best", "rollout_mean", "rollout_worst")),
     "preference": ("nats", "", ("chosen_shift", "rejected_shift")),
-    "who pushes": ("share of gradient norms", "_gradient_share", ("understanding", "generation", "shared", "unique")),
+    "who pushes": (
+        "share of gradient norms",
+        "_gradient_share",
+        ("understanding", "generation", "orthogonality", "shared", "unique"),
+    ),
 }
 
 
