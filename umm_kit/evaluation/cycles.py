@@ -217,9 +217,7 @@ def choose_layers(model: Any, layers: Sequence[int] | None) -> list[int]:
     """The layers whose latents are kept: by default the middle one and the last; none for a model without flows."""
     if not hasattr(model, "understanding_flow") or not hasattr(model, "num_layers"):
         if layers:
-            raise ValueError(
-                f"layers are {list(layers)}, but {type(model).__name__} has no flows to take states from; use layers=()"
-            )
+            raise ValueError(f"layers={list(layers)}, but {type(model).__name__} has no flows to take states from; use layers=()")
         return []
     return as_layers([model.num_layers // 2, model.num_layers] if layers is None else layers, model.num_layers)
 

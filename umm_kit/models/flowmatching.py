@@ -38,7 +38,7 @@ class FlowUMMConfig(OwnUMMConfig):
 
 
 class FlowUMM(Draws, OmniUMM):
-    """A small unified model that writes captions and answers, and draws and inpaints by integrating a velocity.
+    """A small unified model that writes captions and answers, and draws and inpaints by a velocity.
 
     Example:
         >>> model = FlowUMM.tiny(["a red circle", "a blue square"])
@@ -180,11 +180,8 @@ class FlowUMM(Draws, OmniUMM):
     def _fill(
         self, texts: Sequence[str], images: Tensor | None, hidden: Tensor, decoding: Decoding, generator: Any
     ) -> Float[Tensor, "B 3 H W"]:
-        """From noise times ``temperature`` to the image, which each step predicts and noises anew to the next, lower level.
-
-        x' = (1 - s') (x - s v) + s' e. The fresh noise e hides errors of earlier steps, which Euler steps along v would keep: a
-        small model meets more prompts so, but fewer of the images that a prompt may mean. Shown tokens stay at level 0.
-        """
+        """From noise times ``temperature`` to the image, which each step predicts and noises anew, to the next, lower level:
+        x' = (1 - s') (x - s v) + s' e. Fresh noise e hides errors that steps along v would keep. Shown tokens stay at level 0."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         ids, empty = (self.pack_captions(t).to(self.device) for t in (texts, [""] * len(texts)))

@@ -195,9 +195,10 @@ def curves(panels: Sequence[Panel], columns: int = 3, size: tuple[float, float] 
     return figure
 
 
+_BOTH = ("understanding", "generation")
 _TRAINING = {
-    "task losses": ("nats per token", "_loss", ("understanding", "generation")),
-    "gain of the biases": ("nats per token", "_gain", ("understanding", "generation")),
+    "task losses": ("nats per token", "_loss", _BOTH),
+    "gain of the biases": ("nats per token", "_gain", _BOTH),
     "orthogonality": ("loss", "_loss", ("orthogonality",)),
     "shared factors": ("nats", "", ("shared_estimate", "shared_bound")),
     "unique factors": ("nats", "", ("critic_estimate", "unique_contrast", "critic_bound")),
@@ -208,11 +209,7 @@ _TRAINING = {
     "told apart?": ("share of items", "", ("retrieval_at_1",)),
     "rollouts": ("score", "", ("rollout_best", "rollout_mean", "rollout_worst")),
     "preference": ("nats", "", ("chosen_shift", "rejected_shift")),
-    "who pushes": (
-        "share of gradient norms",
-        "_gradient_share",
-        ("understanding", "generation", "orthogonality", "shared", "unique"),
-    ),
+    "who pushes": ("share of gradient norms", "_gradient_share", (*_BOTH, "orthogonality", "shared", "unique")),
 }
 
 
