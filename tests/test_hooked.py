@@ -209,7 +209,7 @@ def test_what_it_gives_is_checked(batch, kind, said):
 
 def test_blocks_of_another_module_are_refused():
     theirs = Theirs()
-    with pytest.raises(ValueError, match="not within the Theirs"):
+    with pytest.raises(ValueError, match="not parts of the Theirs"):
         Mine(theirs, Theirs().encoder.layers, theirs.words, (SIDE, SIDE))
     with pytest.raises(ValueError, match="0 blocks"):
         Mine(theirs, [], theirs.words, (SIDE, SIDE))

@@ -483,7 +483,7 @@ def test_explorer_refuses(explorer):
     images, texts = torch.rand(12, 3, 8, 8), ["x"] * 12
     for drawn, pictures, factors, says in (
         ({}, images, {}, "there are no maps"),
-        ({"pca": {0: pair()}}, images[:5], {}, "one of each for every id"),
+        ({"pca": {0: pair()}}, images[:5], {}, "one of each per id"),
         ({"pca": {0: pair(), 1: pair(11)}}, images, {}, "same ids in every map"),
         ({"pca": {0: pair()}}, images, {"flow": np.arange(12)}, "the map's own"),
         ({"pca": {0: pair()}}, images, {"jitter": np.zeros((12, 2))}, "one value for each id"),

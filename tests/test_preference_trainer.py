@@ -63,15 +63,15 @@ def test_rollouts_are_scored_by_what_the_reader_would_say(saved):
 def test_rollouts_before_and_after_are_of_the_same_prompts_and_noise(saved, tmp_path):
     """An untrained model scores as it came; a trained one otherwise, whether it saw pairs or not; the reader stays as it was."""
     trainer = PreferenceTrainer(load(saved, device="cpu"), config(tmp_path / "a"), DATA)
-    still = trainer.before_and_after(prompts=5)
+    still = trainer.before_and_after()
     assert still["before"] == still["after"]
     stream = Stream(DATA, 100, trainer.args.seed + 2)
-    texts = [item["texts"] for item in stream.__getitems__(range(16, 21))]  # two rounds of 8 stand before
+    texts = [item["texts"] for item in stream.__getitems__(range(16, 24))]  # two rounds of 8 stand before
     noise = torch.Generator().manual_seed(1_000_003 * trainer.args.seed + 16)
     drawn, scores = roll_out(trainer.umm.eval(), load(saved, device="cpu"), texts, 3, Decoding(steps=2), noise)
     assert still["after"] == pytest.approx(Rollouts(texts, drawn, scores).spread())
     _, trainer = trained(saved, tmp_path / "b", preference_weight=0.0, learning_rate=1e-2)
-    moved = trainer.before_and_after(prompts=5)
+    moved = trainer.before_and_after()
     assert moved["before"] == pytest.approx(still["before"]) and moved["after"]["rollout_mean"] != moved["before"]["rollout_mean"]
 
 

@@ -190,13 +190,15 @@ class PreferenceTrainer(UMMTrainer):
             drawn, scores = roll_out(model, self._frozen[0], texts, self.args.rollouts, decoding, generator)
         return {"drawn": drawn, "scores": scores}
 
-    def before_and_after(self, prompts: int = 128) -> dict[str, dict[str, float]]:
+    def before_and_after(self) -> dict[str, dict[str, float]]:
         """Scores of rollouts of the same prompts with the same noise, by the model as it came and as it is now.
 
-        Prompts that no round drew. The frozen reader judges both; whoever never trained on pairs can be judged, too.
+        As many as in a round, and none that a round drew. The frozen reader judges both; whoever never trained on pairs can be
+        judged, too.
         """
-        stream = Stream(self.data, self.args.rounds * self.args.prompts + prompts, self.args.seed + 2)
-        last, size, out = len(stream) - prompts, max(1, 64 // self.args.rollouts), dict[str, dict[str, float]]()
+        stream = Stream(self.data, (self.args.rounds + 1) * self.args.prompts, self.args.seed + 2)
+        last, size = self.args.rounds * self.args.prompts, max(1, 64 // self.args.rollouts)
+        out = dict[str, dict[str, float]]()
         starts = range(last, len(stream), size)
         texts = [captions_of(stream.__getitems__(range(k, min(k + size, len(stream))))) for k in starts]
         for name, model in (("before", self._frozen[0]), ("after", self.umm)):
