@@ -89,7 +89,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     dtype = ("--dtype", {"default": "float32", "help": "of the weights; bfloat16 halves them (default: %(default)s)"})
     device = ("--device", {"default": "auto", "help": "as cpu, cuda:1, or cuda:0,cuda:1, which share layers (default: auto)"})
     data = ("--data", {"default": "shapes", "help": "shapes, digits, or an image-text folder (default: %(default)s)"})
-    guidance = ("--guidance", {"type": float, "default": 3.0, "help": "of drawing; 1: none (default: %(default)s)"})
+    guidance = ("--guidance", {"type": float, "default": 3.0, "help": "classifier-free; 1: none (default: %(default)s)"})
     chance = ("--temperature", {"type": float, "default": 1.0, "help": "of drawing (default: %(default)s)"})
     record = ("--output", {"type": Path, "metavar": "FILE.json", "help": "also write all of it, with the record of the run"})
     folder = ("--notebooks", {"default": "notebooks", "metavar": "FOLDER", "help": "(default: %(default)s)"})

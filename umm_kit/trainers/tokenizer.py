@@ -96,9 +96,8 @@ def train(config: TokenizerConfig) -> Any:
         model = LatentTokenizer(LatentTokenizerConfig(channels=config.channels // 2, depth=config.depth // 2))
     else:
         model = ImageTokenizer(ImageTokenizerConfig(channels=config.channels, depth=config.depth, levels=tuple(config.levels)))
-    trainer = UMMTrainer(
-        model, config, train_dataset=Stream(data, length, config.seed), data_collator=numbered if config.latent else images_only
-    )
+    collator = numbered if isinstance(model, LatentTokenizer) else images_only
+    trainer = UMMTrainer(model, config, train_dataset=Stream(data, length, config.seed), data_collator=collator)
     trainer.fit()
     held_out = open_data(config.data, "validation", n=256, seed=config.seed)
     images = torch.stack([item["images"] for item in held_out.__getitems__(range(len(held_out)))])
