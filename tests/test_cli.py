@@ -175,6 +175,11 @@ def test_drift_prints_a_table_writes_rows_and_draws(monkeypatch, tmp_path, capsy
     assert figure.read_bytes()[:4] == b"\x89PNG"
     assert cli.main([*argv[:6], "--teacher", str(tmp_path / "none")]) == 2 and "none" in capsys.readouterr().err
 
+    assert cli.main([*argv[:4], "--unified-bench", "tiny-teacher", "--output", str(output)]) == 0
+    assert "ceiling" in capsys.readouterr().out
+    rows = {row["metric"]: row["value"] for row in json.loads(output.read_text())["rows"]}
+    assert rows["floor"] < 0.9 < rows["similarity"] <= rows["ceiling"] == pytest.approx(1)
+
 
 @pytest.mark.parametrize("options", ["--n 0", "--split tset", "--data no-such-folder", "--data . --n 2"])
 def test_evaluate_refuses(fake, options, capsys):

@@ -5,6 +5,7 @@ import json
 import pyarrow
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from pyarrow import feather, parquet
 from safetensors.torch import save_file
@@ -151,7 +152,7 @@ def test_a_batch_is_looked_up_by_id_and_not_by_place(table):
         (lambda t, p: EmbeddingTable.load(p / "none.safetensors"), "no table of embeddings"),
         (lambda t, p: load_teacher(p / "none"), "no teacher could be read"),
         (lambda t, p: load_teacher("someone/some-clip"), "download=True"),
-        (lambda t, p: CLIPTeacher(torch.nn.Linear(1, 1), None), "no get_text_features"),
+        (lambda t, p: CLIPTeacher(torch.nn.Linear(1, 1), None), "neither CLIP-like"),
         (lambda t, p: teacher().embed_text(["a", 3]), "int"),
         (lambda t, p: teacher().embed_image(torch.zeros(1, 1, 8, 8)), "RGB|3"),
     ],
@@ -200,3 +201,22 @@ def test_the_shipped_teacher_finds_partners_among_512():
         text = shipped.embed_text([item["texts"] for item in items])
         image = shipped.embed_image(torch.stack([item["images"] for item in items]))
     assert retrieval(text, image, facts_of(items).tolist()) >= 0.95
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "ViT"])
+def test_a_vision_transformer_alone_embeds_images_by_its_class_token_and_refuses_texts(kind, tmp_path):
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=28, patch_size=7)
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 14, "width": 14}}))
+    if kind == "ViT":  # its places are of one size
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    seen, images = load_teacher(tmp_path, device="cpu"), torch.rand(3, 3, 32, 32)
+    assert seen.image_size == ((14, 14) if kind == "Dinov2" else (28, 28)) and seen.dim == 16
+    with torch.no_grad():
+        by_hand = model(seen.pixels(images)).last_hidden_state[:, 0]
+    torch.testing.assert_close(seen.embed_image(images), torch.nn.functional.normalize(by_hand, dim=1))
+    with pytest.raises(ValueError, match=f"{kind}Model embeds images alone"):
+        seen.embed_text(["a red circle"])
+    seen.save_pretrained(tmp_path / "again")
+    assert torch.equal(load_teacher(tmp_path / "again", device="cpu").embed_image(images), seen.embed_image(images))

@@ -132,6 +132,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--repeats", type=int, default=1, help="runs with other noise (default: %(default)s)")
     sub.add_argument("--teacher", metavar="NAME", help="tiny-teacher, or a CLIP-like model (folder, cached id) to see by, too")
     sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw what survives")
+    bench = (
+        "instead one cycle as UnifiedBench has it, by a CLIP-like model or a vision transformer such as DINO (folder, cached id)"
+    )
+    sub.add_argument("--unified-bench", metavar="NAME", help=bench)
 
     sub = command(audit, model, split, seed, texture, record)
     sub.add_argument("--n", type=int, default=2000, help="scenes (default: %(default)s)")
@@ -255,22 +259,29 @@ def _keep(found: Any, args: argparse.Namespace) -> int:
     return 0
 
 
+def _keep_rows(frame: Any, data: Any, args: argparse.Namespace) -> int:
+    """Write a table, where that was asked for, with what stands behind it."""
+    from umm_kit.records import command, machine, versions, write_json
+
+    if args.output:
+        record = {"command": command(args.argv), "data": repr(data), "versions": versions(), "device": machine()}
+        write_json(args.output, {"record": record, "rows": frame.to_dict("records")})
+    return 0
+
+
 def diagnose(args: argparse.Namespace) -> int:
     """see, layer by layer, where understanding and generation part (DIVA Fig. 2), beside nulls, with intervals"""
     import umm_kit as uk
     from umm_kit.diagnostics.gradients import conflict_along
     from umm_kit.diagnostics.report import PANELS
-    from umm_kit.records import command, machine, versions, write_json
+    from umm_kit.records import command
 
     model, data = _opened(args)
     if args.along:
         ratios = min(args.mask_ratios), max(args.mask_ratios)
         frame = conflict_along(args.model, data, mask_ratio=ratios, seed=args.seed)
         print(frame.pivot_table(index="step", columns="metric", values="value").to_string(float_format="%.3f"))
-        if args.output:
-            record = {"command": command(args.argv), "data": repr(data), "versions": versions(), "device": machine()}
-            write_json(args.output, {"record": record, "rows": frame.to_dict("records")})
-        return 0
+        return _keep_rows(frame, data, args)
     found = uk.diagnose(model, data, args.panels or PANELS, mask_ratios=args.mask_ratios, seed=args.seed)
     found.record["command"] = command(args.argv)
     print(found.summary())
@@ -291,17 +302,22 @@ def extract(args: argparse.Namespace) -> int:
 def drift(args: argparse.Namespace) -> int:
     """take a model around text to image to text, and say what is left of the meaning after every cycle, with intervals"""
     import umm_kit as uk
+    from umm_kit.evaluation.blame import unified_bench
     from umm_kit.models.teachers import load_teacher
     from umm_kit.records import command
 
     model, data = _opened(args)
     teacher = load_teacher(args.teacher) if args.teacher else None
     decoding = uk.Decoding(guidance=args.guidance, temperature=args.temperature)
+    if args.unified_bench:
+        table = unified_bench(model, data, load_teacher(args.unified_bench).embed_image, args.seed, decoding=decoding)
+        print(table.to_string(index=False, float_format="%.3f"))
+        return _keep_rows(table, data, args)
     found = uk.drift(model, data, args.cycles, args.start, args.repeats, args.seed, teacher=teacher, decoding=decoding)
     found.record |= {"model": args.model, "command": command(args.argv)}
     frame = found.to_frame()
-    table = frame.pivot_table(index="cycle", columns="metric", values="value", sort=False)
-    print(found, table.to_string(float_format="%.3f"), sep="\n")
+    kept = frame.pivot_table(index="cycle", columns="metric", values="value", sort=False)
+    print(found, kept.to_string(float_format="%.3f"), sep="\n")
     return _keep(found, args)
 
 

@@ -228,7 +228,7 @@ if PRESET == "full":
 # one should look for: self-agreement is then rewarded.
 #
 # **Published value.** None to quote. UnifiedBench takes the cosine of an image embedding after one cycle, without floor or
-# ceiling (`umm_kit.evaluation.blame.unified_bench` has them).
+# ceiling; with both, by a CLIP or DINO that you name: `umm-kit drift MODEL --unified-bench NAME`.
 
 # %% [markdown]
 # ## 6. Watch one go around, and make it drift

@@ -39,25 +39,35 @@ class Teacher(Protocol):
 class CLIPTeacher:
     """A CLIP-like model of transformers: one that has ``get_text_features`` and ``get_image_features`` (CLIP, SigLIP, ...).
 
-    Images are resized to the model's size, without cropping: at the edge of a scene there may be an object.
+    A vision transformer alone (DINO, DINOv2, ViT) embeds images, by the last state of its class token, and refuses texts: enough
+    to compare images by, not to train with. Images are resized to the model's size, without cropping: at the edge of a scene
+    there may be an object.
 
     Args:
         model: the transformers model. tokenizer: its own. pixels: (mean, standard deviation) per channel it was trained with.
-        batch_size: how many texts or images are embedded at once.
+        batch_size: how many texts or images are embedded at once. size: of images, in pixels, if not that of the configuration.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, pixels: tuple[Sequence[float], Sequence[float]] = CLIP_PIXELS, batch_size: int = 256
+        self,
+        model: Any,
+        tokenizer: Any,
+        pixels: tuple[Sequence[float], Sequence[float]] = CLIP_PIXELS,
+        batch_size: int = 256,
+        size: int | None = None,
     ):
-        if missing := [name for name in ("get_text_features", "get_image_features") if not hasattr(model, name)]:
-            raise ValueError(f"{type(model).__name__} has no {' and no '.join(missing)}; expected a CLIP-like model")
+        config: Any = getattr(model, "config", None)
+        self.reads, vision = hasattr(model, "get_text_features"), getattr(config, "vision_config", config)
+        if not hasattr(vision, "image_size") or self.reads != hasattr(model, "get_image_features"):
+            raise ValueError(f"{type(model).__name__} is neither CLIP-like (get_text_features, get_image_features) nor a "
+                             "vision transformer; expected one of them")  # fmt: skip
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.mean, self.spread = (torch.tensor(values).view(1, 3, 1, 1) for values in pixels)
-        text, vision = model.config.text_config, model.config.vision_config
-        size = vision.image_size
+        size = size or vision.image_size
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
-        self.max_text = text.max_position_embeddings
-        self.dim = int(getattr(model.config, "projection_dim", None) or text.hidden_size)
+        text = config.text_config if self.reads else config
+        self.max_text = text.max_position_embeddings if self.reads else 0
+        self.dim = int(getattr(config, "projection_dim", None) or text.hidden_size)
 
     @property
     def device(self) -> torch.device:
@@ -66,6 +76,8 @@ class CLIPTeacher:
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Float[Tensor, "n dim"]:
         """Unit vectors of texts; longer ones than the model takes are cut at its end."""
+        if not self.reads:
+            raise ValueError(f"{type(self.model).__name__} embeds images alone; expected a CLIP-like model to embed texts by")
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"texts hold {sorted({type(text).__name__ for text in texts})}; expected strings")
         takes = [name for name in ("input_ids", "attention_mask") if name in self.tokenizer.model_input_names]
@@ -82,7 +94,10 @@ class CLIPTeacher:
         """Unit vectors of images in [0, 1]."""
         check_images(images)
         parts = (images[start : start + self.batch_size] for start in range(0, len(images), self.batch_size))
-        out = [self._vectors(self.model.get_image_features(pixel_values=self.pixels(part))) for part in parts]
+        see = (
+            self.model.get_image_features if self.reads else lambda pixel_values: self.model(pixel_values).last_hidden_state[:, 0]
+        )
+        out = [self._vectors(see(pixel_values=self.pixels(part))) for part in parts]
         return torch.cat(out) if out else torch.zeros(0, self.dim)
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -99,8 +114,10 @@ class CLIPTeacher:
     def save_pretrained(self, folder: str | Path) -> None:
         """Weights, tokenizer and how pixels are normalised, in one folder."""
         self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        values = {"image_mean": self.mean.flatten().tolist(), "image_std": self.spread.flatten().tolist()}
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        values: dict[str, Any] = {"image_mean": self.mean.flatten().tolist(), "image_std": self.spread.flatten().tolist()}
+        values |= {"crop_size": self.image_size[0]} if len(set(self.image_size)) == 1 else {}
         Path(folder, "preprocessor_config.json").write_text(json.dumps(values) + "\n")
 
     @classmethod
@@ -115,7 +132,7 @@ class CLIPTeacher:
         safe: dict[str, Any] = {"local_files_only": not download, "trust_remote_code": False}
         try:
             model = AutoModel.from_pretrained(name, use_safetensors=True, **safe)
-            tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+            tokenizer = AutoTokenizer.from_pretrained(name, **safe) if hasattr(model, "get_text_features") else None
             about = cached_file(
                 str(name), "preprocessor_config.json", local_files_only=not download, _raise_exceptions_for_missing_entries=False
             )
@@ -124,7 +141,9 @@ class CLIPTeacher:
             raise ValueError(f"no teacher could be read from {str(name)!r}{why} ({str(error).splitlines()[0]})") from error
         values = json.loads(Path(about).read_text()) if about else {}
         pixels = tuple(values.get(key, default) for key, default in zip(("image_mean", "image_std"), CLIP_PIXELS, strict=True))
-        return cls(model.to(resolve_device(device)), tokenizer, pixels, **options)  # type: ignore[arg-type]
+        size = values.get("crop_size")  # DINOv2 is used at 224, whatever its configuration says
+        size = size.get("height") if isinstance(size, dict) else size
+        return cls(model.to(resolve_device(device)), tokenizer, pixels, size=size, **options)  # type: ignore[arg-type]
 
 
 def load_teacher(name: str | Path = "tiny-teacher", device: str = "auto", download: bool = False) -> CLIPTeacher:
