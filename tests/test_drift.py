@@ -379,10 +379,10 @@ def test_paths_are_on_a_plane_fitted_at_step_0_and_the_plot_has_its_panels(data)
     perfect = Perfect(data)
     found = uk.drift(model, data, cycles=2, reader=perfect, writer=perfect, **QUIET)
     where = found.paths()
-    assert where.shape == (3, len(data), 2)
+    assert where.shape == (1, 3, len(data), 2)
     first = found.traces[0].latents[found.layers[-1]][0].astype(float)
     spread = np.linalg.svd(first - first.mean(0), compute_uv=False)
-    np.testing.assert_allclose(np.sort(np.linalg.norm(where[0], axis=0))[::-1], spread[:2], rtol=1e-6)
+    np.testing.assert_allclose(np.sort(np.linalg.norm(where[0, 0], axis=0))[::-1], spread[:2], rtol=1e-6)
     with pytest.raises(ValueError, match="were not kept"):
         found.paths(99)
     assert [ax.get_title() for ax in found.plot().axes][:2] == ["what survives", "by category"]

@@ -129,4 +129,7 @@ def test_the_atlas_shows_complete_cells_alone():
     ]  # fmt: skip
     figure = interference_atlas(pd.DataFrame(rows))
     assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["understanding", "generation"] * 2
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["width 48, texture none, 1 in 4, seed 1"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["seed 1"]
+    rows += [row | {"width": 96} for row in rows[:4]]
+    labels = interference_atlas(pd.DataFrame(rows)).axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["width 48", "width 96"], "what all have in common says nothing"

@@ -321,12 +321,21 @@ def test_drift_by_category_leaves_out_what_could_not_be_measured():
 
 def test_paths_end_where_they_are_asked_to():
     points = np.random.default_rng(0).normal(size=(4, 5, 2))
-    ax = plots.paths(points, item=2, upto=1).axes[0]
-    way = next(line for line in ax.lines if line.get_label() == "this item")
-    np.testing.assert_allclose(np.c_[way.get_xdata(), way.get_ydata()], points[:2, 2])
-    for bad in (dict(item=5), dict(upto=4)):
+    ax = plots.paths(points, [2], upto=1).axes[0]
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), points[:2, 2])
+    assert "this item" in [text.get_text() for text in ax.get_legend().get_texts()]
+    for bad in (dict(items=[5]), dict(upto=4)):
         with pytest.raises(ValueError):
             plots.paths(points, **bad)
+
+
+def test_paths_of_several_runs_are_families_of_one_colour():
+    points = np.random.default_rng(0).normal(size=(3, 4, 5, 2))
+    figure = plots.paths(points, [1, 4], names=["a red circle", "a square"])
+    ways = [line for line in figure.axes[0].lines if len(line.get_xydata()) == 4]
+    assert len(ways) == 6 and [way.get_color() for way in ways] == ["C0"] * 3 + ["C1"] * 3
+    np.testing.assert_allclose(ways[5].get_xydata(), points[2, :, 4])
+    assert {"a red circle", "a square", "cycle 3"} <= {text.get_text() for text in figure.legends[0].get_texts()}
 
 
 def test_pushes_point_the_way_of_the_push_and_none_where_there_is_none():

@@ -150,7 +150,7 @@ def test_editors_see_what_python_serves():
 def test_package_stays_thin():
     modules = [p for p in (ROOT / "umm_kit").rglob("*.py") if p.name != "__init__.py" or p.stat().st_size]
     lines = sum(len(p.read_text().splitlines()) for p in modules)
-    assert len(modules) <= 90 and lines <= 20500, (len(modules), lines)
+    assert len(modules) <= 90 and lines <= 20600, (len(modules), lines)
     assert not {"utils.py", "helpers.py", "misc.py"} & {p.name for p in modules}
     assert not (ROOT / "umm_kit/core").exists()
 

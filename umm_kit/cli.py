@@ -115,6 +115,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     sub.add_argument("--panels", nargs="+", metavar="PANEL", help="some of gradients residual rank spectrum similarity")
     sub.add_argument("--mask-ratios", nargs="+", type=float, default=[0.2, 0.4, 0.6], help="(default: 0.2 0.4 0.6)")
     sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw DIVA's Figure 2 of this model")
+    sub.add_argument("--untrained", action="store_true", help="beside a twin with random weights: takes twice as long")
     sub.add_argument("--along", action="store_true", help="only gradient conflict, at each checkpoint that is kept in MODEL")
 
     sub = command(extract, model, dtype, device, split, seed, texture, data)
@@ -282,7 +283,10 @@ def diagnose(args: argparse.Namespace) -> int:
         frame = conflict_along(args.model, data, mask_ratio=ratios, seed=args.seed)
         print(frame.pivot_table(index="step", columns="metric", values="value").to_string(float_format="%.3f"))
         return _keep_rows(frame, data, args)
-    found = uk.diagnose(model, data, args.panels or PANELS, mask_ratios=args.mask_ratios, seed=args.seed)
+    if args.untrained and not hasattr(model, "untrained"):
+        raise ValueError(f"--untrained: {args.model!r} is not of a family of ours; pass a twin to uk.diagnose(untrained=...)")
+    twin, ratios = model.untrained() if args.untrained else None, args.mask_ratios
+    found = uk.diagnose(model, data, args.panels or PANELS, mask_ratios=ratios, untrained=twin, seed=args.seed)
     found.record["command"] = command(args.argv)
     print(found.summary())
     return _keep(found, args)

@@ -86,17 +86,17 @@ def interference_atlas(frame: pd.DataFrame) -> Figure:
         "understanding": "understanding: share",
         "generation": "generation: share",
     }
-    order = ["width", "texture", "every", "steps", "seed"]
-    complete = frame.groupby(order).metric.transform("nunique") == frame.metric.nunique()
+    named = {"width": "width {}", "texture": "texture {}", "every": "1 in {}", "steps": "{:,} steps", "seed": "seed {}"}
+    frame = frame[frame.groupby(list(named)).metric.transform("nunique") == frame.metric.nunique()]
+    frame = frame.sort_values(list(named), ascending=[True, False, False, True, True])
+    told = [name for name in named if frame[name].nunique() > 1] or ["seed"]  # what all have in common says nothing
     panels = {}
     for metric, title in titles.items():
-        rows = frame[complete & (frame.metric == metric)].sort_values(order, ascending=[True, False, False, True, True])
-        values = rows[[*order, "interference", "low", "high"]].itertuples(index=False)
-        long = rows.steps.nunique() > 1
-        panels[f"{title}\nn = {rows.n.min()}"] = [
-            (f"width {w}, texture {t}, 1 in {e}, {f'{n:,} steps, ' * long}seed {s}", *effect) for w, t, e, n, s, *effect in values
-        ]
-    return plots.forest(panels, "interference", columns=2)
+        rows = frame[frame.metric == metric]
+        labels = (", ".join(named[name].format(row[name]) for name in told) for _, row in rows.iterrows())
+        effects = zip(rows.interference, rows.low, rows.high, strict=True)
+        panels[f"{title}\nn = {rows.n.min()}"] = [(label, *effect) for label, effect in zip(labels, effects, strict=True)]
+    return plots.forest(panels, "interference (above 0: the other task hurts)", columns=2)
 
 
 def _atlas(path: Path) -> Figure:

@@ -72,19 +72,13 @@ def expect(
         holds, wanted = abs(value - target) <= tol, f"{_number(target)} ± {_number(tol)}"
     else:
         holds, wanted = bool(value == target), repr(target)
-    text = f"{claim or 'value'}: {_number(value)} (expected {wanted})"
+    bounds = None if interval is None else [float(bound) for bound in interval]
+    known = [_interval(bounds)] * (bounds is not None) + [f"n = {n}"] * (n is not None)
+    text = f"{claim or 'value'}: {' '.join([_number(value), *known])} (expected {wanted})"
     print(f"{'✓' if holds else '✗'} {text}")
     if path := os.environ.get("UMM_KIT_CLAIMS"):
-        bounds = None if interval is None else [float(bound) for bound in interval]
-        record = {
-            "claim": claim,
-            "paper": str(paper),
-            "here": value,
-            "expected": wanted,
-            "interval": bounds,
-            "n": n,
-            "holds": holds,
-        }
+        record = {"claim": claim, "paper": str(paper), "here": value, "expected": wanted}
+        record |= {"interval": bounds, "n": n, "holds": holds}
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     if not holds and os.environ.get("UMM_KIT_STRICT") == "1":
@@ -101,14 +95,19 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _interval(bounds: Iterable[float] | None) -> str:
+    return "" if bounds is None else "[" + ", ".join(map(_number, bounds)) + "]"
+
+
 def claims_table(claims: Iterable[Mapping[str, Any]]) -> str:
     """The summary table: claim | paper | here | interval | n | verdict | notebook."""
     rows: list[Sequence[str]] = [COLUMNS]
     for c in claims:
-        interval = "" if c["interval"] is None else "[" + ", ".join(_number(b) for b in c["interval"]) + "]"
         here = f"{_number(c['here'])} (expected {c['expected']})"
         n = "" if c["n"] is None else str(c["n"])
-        rows.append((c["claim"], c["paper"] or "-", here, interval, n, "holds" if c["holds"] else "FAILS", c["notebook"]))
+        rows.append(
+            (c["claim"], c["paper"] or "-", here, _interval(c["interval"]), n, "holds" if c["holds"] else "FAILS", c["notebook"])
+        )
     widths = [max(len(row[k]) for row in rows) for k in range(len(COLUMNS))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-+-".join("-" * width for width in widths), *lines[1:]])
@@ -215,7 +214,7 @@ def tidy(notebook: Any) -> Any:
         if cell.cell_type != "code":
             continue
         # Progress bars and warnings differ from run to run and say nothing to a reader.
-        cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+        cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr") and not _progress(o)]
         for out in cell.outputs:
             out.get("metadata", {}).clear()
             if _WIDGET in out.get("data", {}):  # its state is not saved, so it could only show an error
@@ -225,17 +224,22 @@ def tidy(notebook: Any) -> Any:
     return notebook
 
 
+def _progress(output: Any) -> bool:
+    """Whether an output is a progress bar that a widget has drawn."""
+    plain = str(output.get("data", {}).get("text/plain", ""))
+    return _WIDGET in output.get("data", {}) and any(mark in plain for mark in ("%|", "Progress"))
+
+
 def _smaller(picture: str) -> str:
     """A base64 PNG with a palette: a third of the bytes, so that a notebook with its figures stays light.
 
-    40 colours do for lines on white; pictures that they change by more than a level in 255 on average get 128.
+    The palette is chosen to be near every colour, not only frequent ones: on white, a median cut makes a yellow ring orange.
     """
-    from PIL import Image, ImageChops, ImageStat
+    from PIL import Image
 
     image, file = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB"), io.BytesIO()
-    few = image.quantize(40, dither=Image.Dither.NONE)
-    changed = max(ImageStat.Stat(ImageChops.difference(image, few.convert("RGB"))).mean)
-    (few if changed <= 1 else image.quantize(128, dither=Image.Dither.NONE)).save(file, format="PNG", optimize=True)
+    few = image.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    few.save(file, format="PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -21,7 +21,6 @@
 
 # %%
 # %matplotlib inline
-import copy
 import json
 import warnings
 from pathlib import Path
@@ -55,9 +54,7 @@ MODEL = "tiny-masked"  # or the path of a folder that `umm-kit train` wrote
 n, few, batch, pairs_of = {"full": (256, 96, 64, 16), "tiny": (48, 16, 16, 8)}[PRESET]
 RATIO, RATIOS = 0.4, (0.2, 0.4, 0.6)
 model, data = uk.load(MODEL, device=DEVICE), uk.Shapes("test", n=n, seed=SEED)
-torch.manual_seed(SEED)
-untrained = type(model)(copy.deepcopy(model.config), model.text_tokenizer).to(model.device).eval()
-untrained.image_tokenizer = model.image_tokenizer
+untrained = model.untrained(SEED)
 warnings.filterwarnings("ignore", "[0-9]+ rows in")  # the tiny preset has fewer anchors than dimensions, and says so each time
 print(f"{n} anchors; {model.num_layers} layers of width {model.hidden_size}; {100 * RATIO:.0f} % of the image tokens hidden")
 
@@ -112,7 +109,7 @@ uk.expect(
 #
 # - *reproduced*: the whole interval is above 0, and above what every null does by the same formula;
 # - *not reproduced*: the whole interval is below 0, or a null does as much;
-# - *undecided*: anything else.
+# - *undecided*: anything else; also where a claim asks for the twin with random weights, and there was none.
 #
 # **Write down what you expect.** One verdict per claim.
 
@@ -265,7 +262,9 @@ display(conflict_along(pd.DataFrame(json.loads(numbers.read_text())["rows"])) if
 # **What you should see.** From left to right: the measured conflict, what two batches of one task have in common (the
 # ceilings), and the cosine freed from noise, at a shallow, a middle and a deep layer. Compare the *first* checkpoints with
 # the last: a conflict that is real should show while the ceilings are still high, and a drift of the disattenuated cosine
-# towards -1 at the end is the tautology.
+# towards -1 at the end is the tautology. Here the ceilings are near 1 at step 0, where the model is random: that conflict is
+# measured well, and says nothing of training. Later understanding's ceiling is near 0 and the conflict sits at 1, and no drift
+# of the freed cosine towards -1 is to be seen: while there is signal, there is no fight.
 #
 # **If you see something else.** No figure: the numbers are not in this copy; the line that is printed makes them from a
 # training that kept its checkpoints. Gaps in a curve are points at which the cosine is undefined.
@@ -357,8 +356,8 @@ uk.expect(rises, high=1e-9, n=n, claim="keeping more of understanding never rais
 
 # %% [markdown]
 # **What you should see.** Left: the residual falls from 1 to 0 as directions are added, below the straight share of a random
-# subspace (curved here, on a log axis). Any level between is one rule away. Right: the same flows under five rules. If the
-# curves peak at different layers, "the residual peaks at layer l" is a statement about the rule, too.
+# subspace (curved here, on a log axis). By choosing the rule one can get almost any residual. Right: the same flows under five
+# rules. If the curves peak at different layers, "the residual peaks at layer l" is a statement about the rule, too.
 #
 # **If you see something else.** A curve that stays flat after a while: understanding has no more directions there (its rank
 # is reached), or fewer anchors than dimensions could show them.
@@ -453,15 +452,17 @@ explorer
 # **If you see something else.** Nothing moves: this page has no kernel; open it in JupyterLab and run it. The gradient panel
 # never moves: it depends on none of the four choices.
 #
+# In single tokens (the explorer's states) the last layers share no more directions than a random subspace.
+#
 # **Published value.** Residuals at mask ratios .2, .4 and .6 within .1 of each other at every layer (read by eye); largest
 # near layer 14 of 24 at each.
 
 # %% [markdown]
 # ## What held, what did not, and what cannot be said
 #
-# **Held, if its ✓ stands above:** the flows share more directions than chance and fewer than another mask draw would; a
-# finished model's gradients hardly tell whether its tasks fight; a shuffle is no test of a subspace; the mask alone makes
-# generation's maps rougher.
+# **Held, if its ✓ stands above:** averaged over tokens, the flows share more directions than chance and fewer than another mask
+# draw would; a finished model's gradients hardly tell whether its tasks fight; a shuffle is no test of a subspace; the mask
+# alone makes generation's maps rougher.
 #
 # **Did not hold:** every *not reproduced* in section 2. The model is small, its world is synthetic, and it was trained on
 # both tasks at once: that a shape of a large model is missing here does not say that it is not there.

@@ -142,8 +142,8 @@ uk.expect(trust, low=0.6, n=n, claim="every map is more faithful than a random o
 
 # %% [markdown]
 # **What you should see.** In the shipped model, bands by the number of objects in understanding, from the middle on; in
-# generation a bow ordered by brightness, in all layers. Layer 0 is the same in both but for the hidden tokens. Look at *kept*
-# before you call two points neighbours: above layer 0 more than half of the neighbours on the maps are false.
+# generation a bow ordered by brightness, in both layers shown. Layer 0 is the same in both but for the hidden tokens. Look at
+# *kept* before you call two points neighbours: above layer 0 about half of the neighbours on the maps are false.
 #
 # **If you see something else.** Other weights may give other maps. If *trust* is below 0.8, do not read neighbours off the map at
 # all; if the axes hold under a third of the variance, what you look for may be in another plane.
@@ -371,7 +371,9 @@ uk.expect(float(shuffled.abs().max()), high=0.25, n=n, claim="with shuffled ids 
 # scene come together in understanding.
 #
 # **Did not hold, or only in part:** every "undecided" and "falls" above. In the shipped model the states of one pair do not come
-# together as they go up; they part. DIVA's Fig. 5 is there in raw states only where nothing varies but what captions say.
+# together as they go up; they part. DIVA's Fig. 5 is there in raw states only in part. With nuisances understanding's variants
+# lie together and the flows meet in the middle, while generation's variants do not; without nuisances all three do, but across
+# flows no longer in the last layer.
 #
 # **Limits.** Means over tokens: what is in single tokens is not seen here. Probes are linear. Intervals are over scenes of one
 # world and one trained model; another training run would give another model. One mask ratio, 0.4. Distances are Euclidean,

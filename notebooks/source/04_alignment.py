@@ -193,10 +193,10 @@ if PRESET == "full":
     uk.expect("scale" in alarms["released"], True, claim="the monitor calls it a collapse of scale")
 
 # %% [markdown]
-# **What you should see.** Released, both losses fall to almost nothing, and so does the variance: all latents gather in one
-# point. A constant φ makes both terms exactly 0 and nothing in them asks for more; derive it in exercise 1. The *effective
-# rank* may even rise while that happens, because what is left is evenly spread noise: the monitor looks at scale, rank and
-# angle, for no one of them sees every collapse. With the guard the losses end higher, and the map is worth something.
+# **What you should see.** Released, both losses fall to almost nothing, and so does the variance: all latents draw together
+# towards one point. A constant φ makes both terms exactly 0 and nothing in them asks for more; derive it in exercise 1. Rank
+# and retrieval hardly say so: with the scale gone, what is left still tells some partners apart. So the monitor looks at scale,
+# rank and angle, for no one of them sees every collapse. With the guard the losses end higher, and the map is worth something.
 #
 # **If you see something else.** With `PRESET = "tiny"` there are too few steps for either. A target weight above 0
 # (`AlignerConfig(target_weight=...)`) does not prevent the collapse: it ties G, and not φ.

@@ -221,7 +221,7 @@ of_noise.plot(published=False)
 # %%
 trained = uk.load("tiny-masked", device=DEVICE)
 of_trained = uk.diagnose(trained, data, panels, [0.4], seed=SEED, progress=False)
-of_trained.plot(published=False)
+of_trained.plot(published=False)  # few pictures for states this wide: look at shapes, not at heights
 
 # %%
 other = uk.diagnose(random_model("emu3", SEED), data, ["similarity"], [0.4], seed=SEED, progress=False)
@@ -280,7 +280,8 @@ display(pd.DataFrame(said, index=rows))
 
 # %%
 scenes = uk.Shapes("test", n={"full": 256, "tiny": 24}[PRESET], seed=SEED)
-both = {k: uk.diagnose(m, scenes, panels[:3], [0.4], seed=SEED, progress=False) for k, m in two.items()}
+quiet = {"seed": SEED, "progress": False}
+both = {k: uk.diagnose(m, scenes, panels[:3], [0.4], untrained=m.untrained(SEED), **quiet) for k, m in two.items()}
 band = lambda d, *names: tuple(d.series(*names)[part] for part in ("depth", "value", "low", "high"))  # noqa: E731
 what, x = {"residual": ("residual", "share of energy"), "rank": ("increment", "%")}, f"relative depth (n = {len(scenes)})"
 plots.curves([plots.Panel(p, x, unit, {k: band(d, p, s) for k, d in both.items()}) for p, (s, unit) in what.items()])
@@ -300,8 +301,8 @@ told = "{here:+.3f} [{low:+.3f}, {high:+.3f}]".format
 display(pd.DataFrame({c["claim"]: told(**c) for c in r} | {"": name} for name, r in small.items()).set_index(""))
 of = lambda kind, k, end: [r[k][end] for name, r in small.items() if name.startswith(kind)]  # noqa: E731
 for k, text in enumerate(claims.index[:2]):
-    above = min(of("autoregressive", k, "low")) > max(of("masked", k, "high"))
-    uk.expect(above, False, claim=f"at one size every autoregressive interval is above every masked one: {text}")
+    apart = min(of("autoregressive", k, "low")) - max(of("masked", k, "high"))
+    uk.expect(apart, high=0, claim=f"at one size intervals do not part the families (gap between the nearest): {text}")
 
 # %%
 walked = uk.Shapes("test", n={"full": 48, "tiny": 8}[PRESET], seed=SEED)
@@ -311,7 +312,7 @@ first = [d.to_frame().query("metric == 'survival' and cycle == 1").value.iloc[0]
 uk.expect(max(first), high=0.999, n=len(walked), claim="both lose facts in their first cycle (survival)")
 
 # %% [markdown]
-# **What you should see.** Both read captions without error and draw about three prompts of four. The diagnosis parts them. In
+# **What you should see.** Both read captions without error and draw three to four prompts of five. The diagnosis parts them. In
 # the autoregressive model generation's states leave those of understanding most, and add most rank, *in the middle layers*, as
 # in Figure 2, and above both nulls; in the masked model, of the paper's own kind, the residual rises into the deep layers and
 # the rank has no bulge. So "the middle layers" is a finding about a model, and not yet one about unified models. Over four
@@ -438,7 +439,8 @@ uk.expect(len(went.notes), low=1, claim="what cannot be measured without known f
 # alone.
 #
 # **Did not hold, or only in part:** Liquid cannot draw here. The bulge in the middle layers that DIVA shows is there in one of
-# two families.
+# the two shipped models; of four narrow models of one size only one has it, in rank alone, so it cannot be put down to the way
+# of drawing.
 #
 # **Limits.** No real checkpoint was run. Of each of two families one trained model ships, of different sizes; `umm-kit train
 # flow` makes a model of the third.

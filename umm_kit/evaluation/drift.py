@@ -180,16 +180,16 @@ class Drift:
         return pd.DataFrame(rows, columns=["cycle", "metric", "value", "low", "high", "n"])
 
     def paths(self, layer: int | None = None) -> np.ndarray:
-        """[cycles + 1, items, 2]: where the first run's latents of a layer are after each cycle, on a plane fitted at step 0.
+        """[runs, cycles + 1, items, 2]: where latents of a layer are after each cycle, on a plane fitted at step 0.
 
         The plane is that of the two leading principal components of the items at step 0; later cycles are only projected.
         """
         chosen = self.layers[-1] if layer is None else layer
         if chosen not in self.layers:
             raise ValueError(f"latents of layer {chosen} were not kept; there are those of {self.layers}")
-        whole = self.traces[0].latents[chosen][::2].astype(np.float64)
-        centre = whole[0].mean(0)
-        axes = np.linalg.svd(whole[0] - centre, full_matrices=False)[2][:2]
+        whole = np.stack([trace.latents[chosen][::2] for trace in self.traces]).astype(np.float64)
+        centre = whole[0, 0].mean(0)  # all runs start there
+        axes = np.linalg.svd(whole[0, 0] - centre, full_matrices=False)[2][:2]
         axes = axes * np.where(axes[range(len(axes)), abs(axes).argmax(1)] < 0, -1, 1)[:, None]  # no flips between runs
         return (whole - centre) @ axes.T
 

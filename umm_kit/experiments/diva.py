@@ -118,7 +118,8 @@ def against_paper(records: Records) -> pd.DataFrame:
 
     ``published`` is higher - lower on each of the paper's benchmarks, which are other tasks in other units: only signs compare.
     *reproduced* if our :func:`comparison.interval` lies on the side that all of them are on, *reversed* if on the other,
-    *undecided* if it holds 0; *the paper is divided* if its benchmarks differ in sign, or one has none; *not run*: no records.
+    *undecided* if it holds 0; *the paper is divided* if its benchmarks differ in sign, or one has none; *not run*: no records,
+    whatever the paper says.
 
     Returns:
         Columns source (its table), metric, lower, higher, published, here, low, high, runs, verdict.
@@ -140,7 +141,10 @@ def against_paper(records: Records) -> pd.DataFrame:
                 row |= {"here": e.value, "low": e.low, "high": e.high, "runs": sum(map(len, tree))}
                 side = int(e.low > 0) - int(e.high < 0)
                 said = "undecided" if not side else "reproduced" if sides == {side} else "reversed"
-            row["verdict"] = said if sides in ({1}, {-1}) else "the paper is divided"
+            if sides not in ({1}, {-1}):
+                row["published"] += " (divided)"
+                said = said if said == "not run" else "the paper is divided"
+            row["verdict"] = said
             rows.append(row)
     columns = ["source", "metric", "lower", "higher", "published", "here", "low", "high", "runs", "verdict"]
     return pd.DataFrame(rows, columns=columns).astype({"runs": "Int64"})

@@ -7,7 +7,6 @@ the time, nor the precision (float32 here, where the shipped ones computed in bf
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,9 +99,7 @@ def judge(model: Any, preset: Preset) -> dict[str, Any]:
     walked = Shapes("test", n=preset.n_drift, seed=0, nuisance=plain, without=ASYMMETRIC)
     items |= of_drift(drift(model, walked, preset.cycles, seed=0, layers=(), keep=0, progress=False))
     data = Shapes("validation", n=preset.n_diagnosis, seed=0, nuisance=plain, without=ASYMMETRIC)
-    untrained = type(model)(copy.deepcopy(model.config), model.text_tokenizer).eval()
-    untrained.image_tokenizer = model.image_tokenizer
-    found = diagnose(model, data, mask_ratios=(0.4,), untrained=untrained, seed=0, progress=False)
+    found = diagnose(model, data, mask_ratios=(0.4,), untrained=model.untrained(), seed=0, progress=False)
     sizes = [p.numel() for name, p in model.named_parameters() if not name.startswith("image_tokenizer.")]
     about = {"parameters": sum(sizes), "claims": shape_claims(found).round(5).to_dict("records")}
     about |= {"diagnosis": found.frame[SERIES].round(5).to_dict("split", index=False)}

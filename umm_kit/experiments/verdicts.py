@@ -166,10 +166,9 @@ def arms(records: Records) -> Iterator[Verdict]:
             continue  # the headline is judged above
         better, worse = (row["higher"], row["lower"]) if "+" in row["published"].split(", ")[0] else (row["lower"], row["higher"])
         claim = f"{better} beats {worse} in {row['metric']}"
-        if row["verdict"] == "the paper is divided":
-            claim = f"{worse} against {better} in {row['metric']}"
-        found = _NO_RECORD if pd.isna(row["here"]) else f"{_interval(row)}, {row['runs']} runs"
-        found += f" (the paper is divided: {row['published']})" if row["verdict"] == "the paper is divided" else ""
+        if row["published"].endswith("(divided)"):
+            claim = f"{worse} against {better} in {row['metric']}: {row['published']}"
+        found = _NO_RECORD if row["verdict"] == "not run" else f"{_interval(row)}, {row['runs']} runs"
         yield Verdict(DIVA, row["source"], claim, _SAID.get(row["verdict"], row["verdict"]), found, command)
     for row in diva.by_category(records).to_dict("records"):
         claim = f"DIVA meets more prompts of {row['category'].replace('_', ' ')} than its base"

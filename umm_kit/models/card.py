@@ -56,7 +56,7 @@ def write_card(folder: str | Path) -> Path:
         lines[4:4] = [f"Its image tokenizer was made first, by `{made['command']}` in {minutes:.0f} minutes: {scores}.", ""]
     for path in sorted(folder.glob("scores*.json")):
         scores = json.loads(path.read_text())
-        lines += ["", f"Scores, by `{scores['record']['command']}`:", ""]
+        lines += ["", f"Scores, by `{scores['record']['command']}` (NOTATION.md of umm_kit says what each is the share of):", ""]
         lines += ["| metric | value | 95 % interval | n |", "|---|---|---|---|"]
         for row in scores["metrics"]:
             interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"

@@ -5,6 +5,7 @@ A family says by ``_understanding`` and ``_generation`` how it reads a packed ba
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,6 +137,14 @@ class OwnUMM(PreTrainedModel):
         small = dict(hidden_size=32, num_layers=3, num_heads=2, mlp_ratio=2)
         tokenizer = kind.image_tokenizer_config(**cls.small_tokenizer).to_dict()
         return cls(kind(**{**small, "image_tokenizer": tokenizer, **sizes}, text_vocab_size=len(words)), words).eval()
+
+    def untrained(self, seed: int = 0) -> Any:
+        """A model of this shape and image tokenizer with random weights: what it shows, training did not make."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            twin = type(self)(copy.deepcopy(self.config), self.text_tokenizer)
+        twin.image_tokenizer = self.image_tokenizer
+        return twin.to(next(self.parameters()).device).eval()
 
     # --- words ---------------------------------------------------------------------------------------------------------
 

@@ -81,6 +81,11 @@ _DIAGNOSIS = {
                  "generation, visible", "white noise"), None),
     "similarity": ("CKA of U and G", "CKA", ("cka", "shuffled ids"), None),
 }  # fmt: skip
+#: One colour for one thing, in all panels; what is measured on the model is blue, unless it is of one flow. Untrained: dotted.
+_HUES = {
+    "generation": "C1", "generation, visible": "C1", "random subspace": "0.5", "white noise": "0.5", "shuffled ids": "0.5",
+    "another mask draw": "0.2",
+}  # fmt: skip
 
 
 def diagnosis(frame: Any, published: bool = True) -> Figure:
@@ -99,12 +104,14 @@ def diagnosis(frame: Any, published: bool = True) -> Figure:
         mine = frame[frame.panel == panel]
         ratios = sorted(mine.mask_ratio.dropna().unique())
         mine = mine[mine.mask_ratio.isna() | (mine.mask_ratio == ratios[len(ratios) // 2])] if ratios else mine
-        names = [name for name in mine.series.unique() if name.removesuffix(", untrained") in wanted]
-        for number, name in enumerate(names):
+        for name in (name for name in mine.series.unique() if name.removesuffix(", untrained") in wanted):
             curve = mine[mine.series == name].sort_values("layer")
-            null = bool(curve.null.iloc[0])
-            style = {"color": f"C{number}", "linestyle": "--" if null else "-", "linewidth": 1.0 if null else 1.6}
-            ax.plot(curve.depth, curve.value, marker="" if null else _MARKERS[number], markersize=3, label=name, **style)
+            null, kind = bool(curve.null.iloc[0]), name.removesuffix(", untrained")
+            line = ":" if kind != name else "--" if null else "-"
+            style = {"color": _HUES.get(kind, "C0"), "linestyle": line, "linewidth": 1.0 if null or "visible" in kind else 1.6}
+            ax.plot(
+                curve.depth, curve.value, marker="" if null else _MARKERS[wanted.index(kind)], markersize=3, label=name, **style
+            )
             ax.fill_between(curve.depth, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
         if published and theirs:
             _published(ax, theirs, ratios)
@@ -160,12 +167,13 @@ def curves(panels: Sequence[Panel], columns: int = 3, size: tuple[float, float] 
         raise ValueError("there are no panels; expected at least one")
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(columns * size[0], rows * size[1]))
+    keys = 0.1 + 0.16 * max(math.ceil(len(panel.series) / _wide(panel)) for panel in panels)  # height of legends, in inches
+    width, height = size[0] - 0.8, size[1] - 0.75  # room for labels: letting them find it takes twice the time
+    figure = Figure(figsize=(columns * size[0], rows * (size[1] + keys)))
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    width, height = size[0] - 0.8, size[1] - 0.75  # room for labels, in inches: letting them find it takes twice the time
-    edges = {"left": 0.7 / figure.get_figwidth(), "bottom": 0.5 / figure.get_figheight()}
+    edges = {"left": 0.7 / figure.get_figwidth(), "bottom": (0.5 + keys) / figure.get_figheight()}
     edges |= {"right": 1 - 0.1 / figure.get_figwidth(), "top": 1 - 0.25 / figure.get_figheight()}
-    figure.subplots_adjust(**edges, wspace=0.8 / width, hspace=0.75 / height)
+    figure.subplots_adjust(**edges, wspace=0.8 / width, hspace=(0.75 + keys) / height)
     for ax in list(axes)[len(panels) :]:
         figure.delaxes(ax)
     for ax, panel in zip(figure.axes, panels, strict=True):
@@ -185,14 +193,16 @@ def curves(panels: Sequence[Panel], columns: int = 3, size: tuple[float, float] 
         if panel.mark is not None:
             ax.axvline(panel.mark, color="0.5", linewidth=4, alpha=0.3, zorder=0)
         ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log" if panel.log else "linear")
-        bottom, top = ax.get_ylim()
-        wide = 1 + (len(panel.series) > 5)  # columns of the legend
-        ax.set_ylim(bottom, top + 0.09 * math.ceil(len(panel.series) / wide) * (top - bottom))  # the legend's place
-        ax.set_yticks([tick for tick in ax.get_yticks() if bottom <= tick <= top])  # where no value lies, no number
         if whole:  # layers, cycles and steps have no halves
             ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        ax.legend(fontsize=TEXT_SIZE - 1, loc="upper left", borderaxespad=0.1, ncols=wide)
+        below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -0.45 / height), "ncols": _wide(panel)}
+        ax.legend(fontsize=TEXT_SIZE - 1, frameon=False, borderaxespad=0, **below)
     return figure
+
+
+def _wide(panel: Panel) -> int:
+    """Columns of the legend."""
+    return 1 + (len(panel.series) > 5)
 
 
 _BOTH = ("understanding", "generation")
@@ -259,7 +269,7 @@ def forest(panels: Mapping[str, Sequence[tuple[str, float, float, float]]], xlab
         raise ValueError(f"panels have the labels {labels}; expected at least one panel and the same labels in each")
     columns, n = min(columns, len(panels)), len(labels[0])
     down = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(1.2 + 2.1 * columns, down * (0.75 + 0.2 * n)), layout="constrained")
+    figure = Figure(figsize=(max(1.2 + 2.1 * columns, 5.0), down * (0.75 + 0.2 * n)), layout="constrained")
     axes = figure.subplots(down, columns, squeeze=False, sharey=True)
     for ax in axes.flat[len(panels) :]:
         figure.delaxes(ax)

@@ -215,31 +215,42 @@ def readings(scene: Any, step: int | None = None) -> Figure:
     return curves([Panel("", scene.xlabel, axis, found, scene.references, mark) for axis, found in lines.items()])
 
 
-def paths(points: Any, item: int = 0, upto: int | None = None, size: float = 3.4) -> Figure:
-    """The way of one item over cycles, in front of where all items stood at first.
+def paths(
+    points: Any, items: Sequence[int] = (0,), upto: int | None = None, names: Sequence[str] = (), size: float = 3.4
+) -> Figure:
+    """The ways of some items over cycles, in front of where all items stood at first; of several runs, a family from each item.
 
     Args:
-        points: [cycles + 1, items, 2], as ``Drift.paths`` gives. upto: the last cycle that is drawn; all by default.
+        points: [runs, cycles + 1, items, 2], or of one run [cycles + 1, items, 2], as ``Drift.paths`` gives.
+        items: whose ways. upto: the last cycle that is drawn; all by default. names: of the items, for the legend.
 
     Raises:
         ValueError: another shape, or no such item or cycle.
     """
     where = as_array(points).astype(float)
-    if where.ndim != 3 or where.shape[2] != 2 or not 0 <= item < where.shape[1]:
-        raise ValueError(f"points are {where.shape}, item {item}; expected [cycles + 1, items, 2] and one of the items")
-    last = len(where) - 1 if upto is None else upto
-    if not 0 <= last < len(where):
-        raise ValueError(f"cycle {last} of {len(where) - 1} was asked for")
+    where = where[None] if where.ndim == 3 else where
+    if where.ndim != 4 or where.shape[3] != 2 or not all(0 <= item < where.shape[2] for item in items):
+        raise ValueError(f"points are {where.shape}, {items=}; expected [(runs,) cycles + 1, items, 2] and some of the items")
+    last = where.shape[1] - 1 if upto is None else upto
+    if not 0 <= last < where.shape[1]:
+        raise ValueError(f"cycle {last} of {where.shape[1] - 1} was asked for")
     figure = Figure(figsize=(size, size), layout="constrained")
     ax = figure.subplots()
-    ax.scatter(where[0, :, 0], where[0, :, 1], s=8, color="0.75", label="all items, step 0")
-    way = where[: last + 1, item]
-    ax.plot(*way.T, color="C0", linewidth=1.2, marker="o", markersize=3, label="this item")
-    ax.plot(*way[0], "s", color="C1", markersize=7, label="its origin")
-    ax.plot(*way[-1], "*", color="C3", markersize=11, label=f"cycle {last}")
-    low, high = where.min((0, 1)), where.max((0, 1))
+    ax.scatter(where[0, 0, :, 0], where[0, 0, :, 1], s=8, color="0.75", label="all items, step 0")
+    for k, item in enumerate(items):
+        for ways in where[:, : last + 1, item]:
+            ax.plot(*ways.T, color=f"C{k}", linewidth=1.2, marker="o", markersize=3)
+            ax.plot(*ways[-1], "*", color=f"C{k}", markeredgecolor="0.2", markersize=10)
+        ax.plot(*where[0, 0, item], "s", color=f"C{k}", markeredgecolor="0.2", markersize=8, zorder=3)
+        ax.plot([], [], color=f"C{k}", label=names[k] if names else "this item" if len(items) == 1 else f"item {item}")
+    for marker, label in (("s", "origin"), ("*", f"cycle {last}")):
+        ax.plot([], [], marker, color="1", markeredgecolor="0.2", label=label)
+    low, high = where.min((0, 1, 2)), where.max((0, 1, 2))
     margin = 0.05 * (high - low) + 1e-9
     ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
     ax.set(xlabel="component 1", ylabel="component 2")
-    ax.legend(fontsize=TEXT_SIZE - 1, loc="best")
+    if names:
+        figure.legend(fontsize=TEXT_SIZE - 1, loc="outside lower center", ncols=1)
+    else:
+        ax.legend(fontsize=TEXT_SIZE - 1, loc="best")
     return figure

@@ -26,6 +26,7 @@ from umm_kit.diagnostics.collapse import CollapseMonitor
 from umm_kit.losses.alignment import GUARDS, latent_alignment
 from umm_kit.losses.preference import released_preference
 from umm_kit.models.aligner import LatentAligner, LatentAlignerConfig, LatentHeads
+from umm_kit.models.base import evaluating
 from umm_kit.models.teachers import EmbeddingTable, Teacher, embeddings, load_teacher
 from umm_kit.records import write_json
 from umm_kit.trainers.base import Stream, UMMArguments, UMMTrainer, post_train, run_record
@@ -135,10 +136,11 @@ class AlignerTrainer(UMMTrainer):
         self.add_callback(Watching(self.monitor))
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        outputs = model(**inputs)
-        pair = outputs.pop("z_text"), outputs.pop("z_image")
+        outputs = {name: value for name, value in model(**inputs).items() if not name.startswith("z_")}
         if self.state.global_step % max(int(self.args.logging_steps), 1) == 0:
-            outputs |= watch(self.monitor, *pair, self.state.global_step)
+            with evaluating(model), torch.no_grad():  # once latents are near one point, dropout is most of what varies
+                seen = model(**inputs)
+            outputs |= watch(self.monitor, seen["z_text"], seen["z_image"], self.state.global_step)
         self.note_parts(outputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 

@@ -61,7 +61,7 @@ class DriftPlayer(ipywidgets.VBox):
         self.picture.value = pixel_png(blank if seen is None else trace.images[seen][i])
         told = max((step for step in trace.texts if step <= k), default=None)
         words = "" if told is None else html.escape(trace.texts[told][i])
-        self.path.value = png(plots.paths(self.drift.paths(), i, k // 2))
+        self.path.value = png(plots.paths(self.drift.paths()[0], [i], k // 2))
         self.facts.value = self._chips(k, i)
         state = f"half-step {k} of {len(trace.kinds) - 1} ({trace.kinds[k]}, {trace.status(k)[i]})"
         self.said.value = f"<p>{state}: {words}</p>"  # last: who reads it may trust the rest
