@@ -13,7 +13,7 @@
 # told, and then says what it drew, does not come back to where it began. Each crossing loses a little, and the losses add up.
 # Here every loss is counted, by an oracle that knows every scene.
 #
-# **Run time.** Under six minutes on two CPU cores with `PRESET = "full"`, one with `"tiny"`. Nothing is trained.
+# **Run time.** Under eight minutes on two CPU cores with `PRESET = "full"`, one with `"tiny"`. Nothing is trained.
 #
 # **How to read it.** To agree with the start is not to have survived: two captions that have nothing to do with each other
 # agree in part, for there are few colours. And 1 is out of reach where the image tokenizer blurs a picture. So everything
@@ -44,7 +44,7 @@ MODEL = "tiny-masked"  # or the path of a folder that `umm-kit train` wrote
 
 # %% [markdown]
 # The start is a caption from the test split. The model draws it, reads what it drew, draws what it read, and so on: a *cycle*
-# is text → image → text. Everybody goes around twice, with other draws of the noise, to tell noise from drift (section 3).
+# is text → image → text. Everybody goes around three times, with other draws of the noise, to tell noise from drift (section 3).
 
 # %%
 n, cycles, few, short = {"full": (48, 8, 32, 4), "tiny": (8, 2, 6, 1)}[PRESET]
@@ -67,7 +67,7 @@ print(f"{n} captions, such as {data.caption(0)!r}")
 # four of five things that it is asked to draw are as told. What is S after one cycle? After eight? Does the curve level off?
 
 # %%
-found = uk.drift(model, data, cycles=cycles, repeats=2, seed=SEED, decoding=decoding, progress=False)
+found = uk.drift(model, data, cycles=cycles, repeats=3, seed=SEED, decoding=decoding, progress=False)
 print(found)
 found.plot()
 
@@ -138,25 +138,40 @@ display(kept.join(back).style.format(precision=2, na_rep="none"))
 # %% [markdown]
 # ## 3. Is it noise, or is it drift?
 #
-# Drawing is random: a fact may be lost because of an unlucky draw. Both runs start from the same captions. Where the *same*
-# facts are lost in both, it is the model; where others are, it is chance.
+# Drawing is random: a fact may be lost because of an unlucky draw. All runs start from the same captions. Where the *same*
+# facts are lost in all, it is the model; where others are, it is chance.
 #
-# **Write down what you expect.** A fact was lost in one run. What is the probability that the other has lost it, too?
+# **Write down what you expect.** A fact was lost in one run. What is the probability that another has lost it, too?
 
 # %%
 noise = found.noise()
 display(noise.style.hide(axis="index").format(precision=3))
 again = noise.iloc[-1]
-uk.expect(float(again.lost_again), low=float(again.lost), n=n, claim="what one run loses, the other loses more often than others")
+uk.expect(float(again.lost_again), low=float(again.lost), n=n, claim="what one run loses, another loses more often than others")
+
+# %% [markdown]
+# The same can be seen in the latents. Each caption has a *family* of ways, one per run, on a plane that was fitted to the
+# captions of the start. Four families, and a number over all: of how the captions of a cycle differ, which share is told by
+# where they began?
+
+# %%
+where = found.paths()  # [runs, cycles + 1, captions, 2]
+within, whole = where.var(0, ddof=1).mean(1).sum(-1), where.var((0, 2), ddof=1).sum(-1)
+print("told by the origin, cycle by cycle:", *(f"{share:.2f}" for share in 1 - within[1:] / whole[1:]))
+if PRESET == "full":
+    uk.expect(float(1 - within[-1] / whole[-1]), low=0.3, high=0.95, n=n, claim="families spread, and still know their origin")
+some = [k for k in range(n) if len(data.caption(k)) < 45][1:5]
+plots.paths(where, some, names=[data.caption(k) for k in some], size=4.6)
 
 # %% [markdown]
 # **What you should see.** `lost` is the share of facts that are gone, `lost_again` the same among those that another run has
 # lost. If luck alone decided, the two would be equal; if only the fact did, `lost_again` would be 1. At first it is near that
 # end: most of the loss is systematic, and averaging over draws would not bring it back. By the last cycle it lies in between,
-# so that luck has a good part. `drift` is the recall that is lost on average; `sampling_sd` is how far one item's recall varies
-# between runs, `item_sd` how far items differ in truth.
+# so that luck has a good part. In the map families fan out, and two may meet; but most of the way is made in the first cycle,
+# and members of a family often go it together. `drift` is the recall that is lost on average; `sampling_sd` is how far one
+# item's recall varies between runs, `item_sd` how far items differ in truth.
 #
-# **If you see something else.** With a `Decoding` of temperature 0 both runs are the same, and `lost_again` is 1.
+# **If you see something else.** With a `Decoding` of temperature 0 all runs are the same, and `lost_again` is 1.
 #
 # **Published value.** None. LatentUMM's second stage draws noise on purpose, to choose between outcomes; that is for notebook
 # 04.
