@@ -6,6 +6,7 @@ import pytest
 
 from umm_kit.models.card import write_card
 
+CONFIG = {"architectures": ["MaskedUMM"]}
 LOG = [
     {"step": 1, "understanding_loss": 2.0, "generation_loss": 5.0},
     {"step": 2, "eval_understanding_loss": 1.5, "eval_generation_loss": 4.5},
@@ -23,9 +24,10 @@ def test_card(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({**RUN, "config": {"max_steps": 2}, "parameters": 1234, "log": LOG}))
     score = {"metric": "caption_f1", "value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
     (tmp_path / "scores.json").write_text(json.dumps({"record": {"command": "umm-kit evaluate x"}, "metrics": [score]}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     text = write_card(tmp_path).read_text()
     row = "| caption_f1 | 0.500 | 0.400 to 0.600 | 10 |"
-    for piece in ("umm-kit train masked --max_steps 2", "seed 3", "2 minutes", "1,234", "max_steps = 2", row):
+    for piece in ("umm-kit train masked --max_steps 2", "seed 3", "2 minutes", "1,234", "max_steps = 2", "`MaskedUMM`", "coloured shapes", row):
         assert piece in text
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
@@ -33,6 +35,7 @@ def test_card(tmp_path):
 def test_says_how_the_tokenizer_was_made(tmp_path):
     made = {"command": "umm-kit train tokenizer", "wall_seconds": 60.0, "scores": {"psnr_db": 30.74}}
     (tmp_path / "run.json").write_text(json.dumps({**RUN, "config": {}, "parameters": 1, "log": LOG, "image_tokenizer": made}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     text = write_card(tmp_path).read_text()
     assert "by `umm-kit train tokenizer` in 1 minutes: psnr_db 30.74." in text
     assert text.index("train masked") < text.index("train tokenizer")

@@ -96,7 +96,7 @@ def interference_atlas(frame: pd.DataFrame) -> Figure:
         labels = (", ".join(named[name].format(row[name]) for name in told) for _, row in rows.iterrows())
         effects = zip(rows.interference, rows.low, rows.high, strict=True)
         panels[f"{title}\nn = {rows.n.min()}"] = [(label, *effect) for label, effect in zip(labels, effects, strict=True)]
-    return plots.forest(panels, "interference (above 0: the other task hurts)", columns=2)
+    return plots.forest(panels, "interference\n(above 0: the other hurts)", columns=2)
 
 
 def _atlas(path: Path) -> Figure:

@@ -194,8 +194,8 @@ if PRESET == "full":
 
 # %% [markdown]
 # **What you should see.** Released, both losses fall to almost nothing, and so does the variance: all latents draw together
-# towards one point. A constant φ makes both terms exactly 0 and nothing in them asks for more; derive it in exercise 1. Rank
-# and retrieval hardly say so: with the scale gone, what is left still tells some partners apart. So the monitor looks at scale,
+# towards one point. A constant φ makes both terms exactly 0 and nothing in them asks for more; derive it in exercise 1. The rank
+# does not say so (after its first fall it rises), and a third of the partners are still found. So the monitor looks at scale,
 # rank and angle, for no one of them sees every collapse. With the guard the losses end higher, and the map is worth something.
 #
 # **If you see something else.** With `PRESET = "tiny"` there are too few steps for either. A target weight above 0
@@ -276,14 +276,16 @@ for step in range(steps + steps):
 # %%
 before, now = log[steps - 1], log[-1]
 print(f"mean score {before['rollout_mean']:.2f} before the preference, {now['rollout_mean']:.2f} after it")
+figure = plots.training(log)
+figure.axes[0].axvline(steps, color="0.5", linestyle=":")  # from here on, the preference only
 if PRESET == "full":
     uk.expect(now["rollout_mean"] - before["rollout_mean"], high=-0.3, n=n, claim="the released preference lowers the mean score")
-plots.training(log)
+figure
 
 # %% [markdown]
 # **What you should see.** Two arrows of equal length: the best up, the worst *down*, the others not at all. Perfect
-# consistency is the worst value. For the first half of the curves the maps are taught to lead back, then only preferred: the
-# worst falls much further than the best rises, and the mean with it.
+# consistency is the worst value. Left of the dotted line the maps are taught to lead back, right of it only preferred: the
+# worst falls far, the mean with it, and even the best ends lower than where it was.
 #
 # **If you see something else.** Beside strong other terms (the release weighs this one .001) the harm is hidden, not gone.
 #

@@ -22,8 +22,10 @@
 
 # %%
 # %matplotlib inline
+import io
 import logging
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import matplotlib.style
@@ -351,7 +353,8 @@ settings = {
 quiet = {"save_strategy": "no", "disable_tqdm": True, "logging_steps": 1000}
 config = uk.DIVAConfig.tiny(output_dir=str(folder / "run"), lora_rank=4, seed=SEED, **settings, **quiet)
 trainer = uk.DIVATrainer(model, config, uk.Shapes("train", n=256, seed=SEED, image_size=model.image_size))
-trainer.train()
+with redirect_stdout(io.StringIO()):  # the terms of its losses are notebook 03's subject
+    trainer.train()
 print(f"trained: adapters in layers {trainer.layers} of {model.num_layers}")
 
 # %% [markdown]

@@ -36,6 +36,7 @@ import umm_kit as uk
 from umm_kit import figures, plots, published
 from umm_kit.diagnostics.claims import shape_claims
 from umm_kit.diagnostics.report import Diagnosis
+from umm_kit.evaluation.audit import HIGH, LOW
 from umm_kit.experiments import Ledger, comparison, diva, intervention, verdicts
 
 matplotlib.style.use("../figures/umm.mplstyle")
@@ -204,13 +205,27 @@ bars = {
     ]
     for half, asked in (("shared", ">= .8"), ("unique", "<= .2"))
 }
-display(plots.forest(bars, "share of what the states tell", columns=2))
+figure = plots.forest(bars, "share of what the states tell", columns=2)
+for ax, limit in zip(figure.axes, (HIGH, LOW), strict=True):
+    ax.axvline(limit, color="C3", linestyle=":")
+figure
+
+# %% [markdown]
+# The dotted lines are the limits of the eight shared facts: in the left panel they should stand right of it, in the right panel
+# left of it (*style* and *mask share* are generation's own: the reverse). Next, of each encoder: how many lines *passed*, *of*
+# how many (a line is a fact of a flow; *found* is their mean). *Ahead of* compares the split as a whole with a rival's: above 0
+# it keeps facts better apart. Last, how far two pictures' halves are apart at all.
 
 # %%
 held = intervention.audits(moved)
 display(held.style.hide(axis="index").format(precision=2))
 apart = pd.DataFrame({name: {half: r["shifts"][half]["apart"] for half in ("shared", "unique")} for name, r in moved.items()})
 display(apart.style.format("{:.2g}").set_caption("squared distance of two pictures' halves in U, per number"))
+
+# %% [markdown]
+# And when a half, or the whole mean state (*all*), is moved to another picture's? *Moved*: captions that then name the other
+# picture's attribute; *kept*: those that still name their own. *None* moves nothing; *control of all* moves the mean as far, in
+# a random direction.
 
 # %%
 shifts = intervention.effects(moved)
@@ -328,8 +343,8 @@ uk.expect(int((headlines == "reproduced").sum()), 0, claim="headlines of DIVA th
 
 # %% [markdown]
 # **What you should see.** Few lines are green, and none of the green ones is a gain by training: what was reproduced is the
-# *problem* (sharing a narrow backbone costs both tasks; meaning drifts), not yet a cure. Many lines wait for processor time,
-# and some for weights.
+# *problem* (sharing a narrow backbone costs both tasks; generation keeps finer detail; meaning drifts), not yet a cure. Many
+# lines wait for processor time, and some for weights.
 #
 # **If you see something else.** Good: then a record was added. Verdicts are computed from records, here and in `umm-kit
 # reproduce`.

@@ -9,6 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
+_WORLDS = {"shapes": "pictures of one to four coloured shapes", "digits": "scans of handwritten digits"}
+
+
 def learning_curves(log: list[dict[str, Any]]) -> Figure:
     """Training and validation loss of both flows, or of a model without flows, against the step, from the log of a run."""
     panels = {"understanding_loss": "understanding", "generation_loss": "generation"}
@@ -35,11 +38,14 @@ def write_card(folder: str | Path) -> Path:
     folder = Path(folder)
     if not (folder / "run.json").exists():
         raise ValueError(f"{folder} has no run.json; only models that umm-kit train wrote can have a card")
-    run = json.loads((folder / "run.json").read_text())
+    run, config = (json.loads((folder / name).read_text()) for name in ("run.json", "config.json"))
+    world = _WORLDS.get(data := run["config"].get("data", "shapes"), data)
     learning_curves(run["log"]).savefig(folder / "curves.png", dpi=110)
     minutes = run["wall_seconds"] / 60
     lines = [
         f"# {folder.name}",
+        "",
+        f"`{config['architectures'][0]}`, trained on {world}; it knows nothing else, and is made for looking inside, not for use.",
         "",
         f"Made by `{run['command']}` (seed {run['seed']}) in {minutes:.0f} minutes on {run['device']}; "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
@@ -53,7 +59,7 @@ def write_card(folder: str | Path) -> Path:
         made = run["image_tokenizer"]
         scores = ", ".join(f"{name} {value:.4g}" for name, value in made["scores"].items())
         minutes = made["wall_seconds"] / 60
-        lines[4:4] = [f"Its image tokenizer was made first, by `{made['command']}` in {minutes:.0f} minutes: {scores}.", ""]
+        lines[6:6] = [f"Its image tokenizer was made first, by `{made['command']}` in {minutes:.0f} minutes: {scores}.", ""]
     for path in sorted(folder.glob("scores*.json")):
         scores = json.loads(path.read_text())
         lines += ["", f"Scores, by `{scores['record']['command']}` (NOTATION.md of umm_kit says what each is the share of):", ""]
