@@ -27,7 +27,8 @@ def test_card(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     text = write_card(tmp_path).read_text()
     row = "| caption_f1 | 0.500 | 0.400 to 0.600 | 10 |"
-    for piece in ("umm-kit train masked --max_steps 2", "seed 3", "2 minutes", "1,234", "max_steps = 2", "`MaskedUMM`", "coloured shapes", row):
+    about = ("`MaskedUMM`", "coloured shapes")
+    for piece in ("umm-kit train masked --max_steps 2", "seed 3", "2 minutes", "1,234", "max_steps = 2", *about, row):
         assert piece in text
     assert (tmp_path / "curves.png").stat().st_size > 1000
 

@@ -147,7 +147,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 
     sub = command(reproduce, folder)
     sub.add_argument("what", nargs="?", choices=("notebooks", *EXPERIMENTS), default="notebooks", help="(default: %(default)s)")
-    sub.add_argument("--preset", help="of sizes: full or tiny (of diva and latentumm, tiny is the only one)")
+    sub.add_argument("--preset", help="of sizes: full or tiny (diva and latentumm: tiny alone; atlas: also bases, roomy)")
     sub.add_argument("--output", default="build", metavar="FOLDER", help="executed notebooks and figures (default: %(default)s)")
     sub.add_argument("--records", type=Path, metavar="FILE.jsonl", help="of an experiment (default: experiments/WHAT.jsonl)")
     sub.add_argument("--runs", default="runs", metavar="FOLDER", help="of an experiment's models (default: %(default)s)")

@@ -238,7 +238,7 @@ def _smaller(picture: str) -> str:
     from PIL import Image
 
     image, file = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB"), io.BytesIO()
-    few = image.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    few = image.quantize(48, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     few.save(file, format="PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 

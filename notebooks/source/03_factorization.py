@@ -120,7 +120,7 @@ from umm_kit.losses.microscope import SCENES
 
 scenes = {name: make(seed=SEED) for name, make in SCENES.items()}
 critic, small, scale, facts = scenes.values()
-plots.gradient_arrows(critic, [0, 5, 30], shown=12, size=1.5)
+plots.gradient_arrows(critic, [0, 5, 30], shown=12, size=1.25)
 
 # %%
 plots.readings(critic)
@@ -143,7 +143,7 @@ uk.expect(bits["critic keeps up"].value, high=0.15, n=n, claim="there nearest ne
 # only with the best critic *of the present points*. The information printed above is measured without any critic (KSG).
 
 # %%
-display(plots.gradient_arrows(small, [4, 12, 24], shown=16, size=1.65), plots.readings(small))
+display(plots.gradient_arrows(small, [4, 12, 24], shown=16, size=1.35), plots.readings(small))
 estimate, weight = small.readings["InfoNCE estimate (nats)"], small.readings["N |d loss / d score of a pair|"]
 uk.expect(float(estimate["N = 6"].max()), high=np.log(6), claim="six pairs never tell more than log 6, whatever the truth")
 uk.expect(float(weight["N = 6"][-1]), high=0.05, claim="and in the end hardly any pull is left on a pair")
@@ -153,7 +153,7 @@ uk.expect(float(weight["N = 6"][-1]), high=0.05, claim="and in the end hardly an
 # 6 pairs per GPU; without negatives from elsewhere its estimate ends at log 6 = 1.79 nats.
 
 # %%
-display(plots.gradient_arrows(scale, [0, 5, 40], shown=16, size=1.35), plots.readings(scale))
+display(plots.gradient_arrows(scale, [0, 5, 40], shown=16, size=1.15), plots.readings(scale))
 loss, length, overlap = (lines["Eq. 9"] for lines in scale.readings.values())
 half = int((length < length[0] / 2).argmax())
 print(
@@ -163,7 +163,7 @@ uk.expect(float(overlap[half] / overlap[0]), low=0.95, claim="Eq. 9 falls by shr
 uk.expect(float(scale.readings["overlap, in [0, 1]"]["without scale"][-1]), high=0.05, claim="without scale it goes")
 
 # %%
-display(plots.gradient_arrows(facts, [0, 15, 60], shown=16, size=1.5), plots.readings(facts))
+display(plots.gradient_arrows(facts, [0, 15, 60], shown=16, size=1.25), plots.readings(facts))
 alike = facts.readings["cosine of equal facts"]
 uk.expect(alike["facts not given"][-1], high=0.9, claim="InfoNCE parts pairs that state the same fact (cosine)")
 uk.expect(alike["facts given"][-1], low=alike["facts given"][0] - 1e-3, claim="and leaves them together once it is told")

@@ -276,10 +276,9 @@ for step in range(steps + steps):
 # %%
 before, now = log[steps - 1], log[-1]
 print(f"mean score {before['rollout_mean']:.2f} before the preference, {now['rollout_mean']:.2f} after it")
-figure = plots.training(log)
-figure.axes[0].axvline(steps, color="0.5", linestyle=":")  # from here on, the preference only
 if PRESET == "full":
     uk.expect(now["rollout_mean"] - before["rollout_mean"], high=-0.3, n=n, claim="the released preference lowers the mean score")
+(figure := plots.training(log)).axes[0].axvline(steps, color="0.5", linestyle=":")  # from here on, the preference only
 figure
 
 # %% [markdown]

@@ -22,10 +22,8 @@
 
 # %%
 # %matplotlib inline
-import io
 import logging
 import tempfile
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import matplotlib.style
@@ -341,6 +339,8 @@ uk.expect(max(first), high=0.999, n=len(walked), claim="both lose facts in their
 
 # %%
 import copy
+import io
+from contextlib import redirect_stdout
 
 before = copy.deepcopy(model)
 settings = {

@@ -8,7 +8,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-
 _WORLDS = {"shapes": "pictures of one to four coloured shapes", "digits": "scans of handwritten digits"}
 
 
@@ -45,7 +44,7 @@ def write_card(folder: str | Path) -> Path:
     lines = [
         f"# {folder.name}",
         "",
-        f"`{config['architectures'][0]}`, trained on {world}; it knows nothing else, and is made for looking inside, not for use.",
+        f"`{config['architectures'][0]}`, trained on {world}; it knows nothing else: made for looking inside, not for use.",
         "",
         f"Made by `{run['command']}` (seed {run['seed']}) in {minutes:.0f} minutes on {run['device']}; "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
