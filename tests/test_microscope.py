@@ -188,10 +188,14 @@ def test_picture_places_points_and_arrows(found):
     figure = plots.gradient_arrows(scene, (0, 7), shown=6)
     assert len(figure.axes) == 4  # a row for each walk
     for ax, (walk, k) in zip(figure.axes, [(w, k) for w in scene.walks.values() for k in (0, 7)], strict=True):
-        assert f"step {k}; 6 of 20 pairs" in ax.get_title()
+        spec = ax.get_subplotspec()
+        assert ax.get_title() == (f"step {k}" if spec.is_first_row() else "")
+        assert ("6 of 20 pairs" in ax.get_ylabel()) == spec.is_first_col()
         for which, (line, quiver) in enumerate(zip(ax.lines, ax.collections[1:3], strict=True)):
             np.testing.assert_allclose(np.stack(line.get_data(), 1), walk.points[which, k, :6])
             np.testing.assert_allclose(np.stack([quiver.U, quiver.V], 1), walk.arrows[which, k, :6], rtol=1e-6)
+    (alone, _) = plots.gradient_arrows(scene, [7], shown=6).axes
+    assert "step 7; 6 of 20 pairs" in alone.get_title()
     scales = [ax.collections[3].U[0] for ax in figure.axes]
     assert len(set(scales)) == 1  # one term, one scale; two terms, two:
     others = [ax.collections[3].U[0] for ax in plots.gradient_arrows(scene_of(found, "shrinking"), [0]).axes]

@@ -150,9 +150,10 @@ def gradient_arrows(scene: Any, steps: Sequence[int], shown: int = 40, size: flo
     cells = [(name, walk, k) for name, walk in scene.walks.items() for k in steps]
     columns = len(cells) if len(steps) == 1 else len(steps)
     rows = len(cells) // columns
-    figure = Figure(figsize=(columns * size, rows * (size + 0.35) + 0.35))
-    edges = {"left": 0.06 / columns, "right": 1 - 0.06 / columns, "bottom": 0.35 / figure.get_figheight()}
-    figure.subplots_adjust(**edges, top=1 - 0.35 / figure.get_figheight(), wspace=0.05, hspace=0.16)
+    beside = 0.45 * (len(steps) > 1)  # inches, for the names of rows
+    figure = Figure(figsize=(beside + columns * size, rows * (1.1 * size + 0.2) + 0.5))
+    edges = {"left": (beside + 0.06) / figure.get_figwidth(), "right": 1 - 0.06 / columns, "wspace": 0.05, "hspace": 0.1}
+    figure.subplots_adjust(**edges, bottom=0.35 / figure.get_figheight(), top=1 - 0.4 / figure.get_figheight())
     reach = 1.12 * max(float(abs(walk.points).max()) for walk in scene.walks.values())
     longest = {name: float(np.linalg.norm(walk.arrows[:, :, :shown], axis=-1).max()) for name, walk in scene.walks.items()}
     for ax, (name, walk, k) in zip(figure.subplots(rows, columns, squeeze=False).flat, cells, strict=True):
@@ -163,11 +164,17 @@ def gradient_arrows(scene: Any, steps: Sequence[int], shown: int = 40, size: flo
         for part, push, colour, marker in zip(points, arrows, ("C0", "C1"), "o^", strict=True):
             ax.plot(*part.T, marker, color=colour, markersize=4, markeredgewidth=0)
             ax.quiver(*part.T, *push.T, color=colour, **style)
-        ax.quiver([-0.95 * reach], [0.92 * reach], [key], [0], color="0.4", **style)
-        ax.text(-0.45 * reach, 0.92 * reach, f" {key:g}", va="center", fontsize=TEXT_SIZE - 1)
+        ax.quiver([-0.95 * reach], [1.1 * reach], [key], [0], color="0.4", **style)
+        ax.text(-0.45 * reach, 1.1 * reach, f" {key:g}", va="center", fontsize=TEXT_SIZE - 1)
         n, drawn = walk.points.shape[2], min(shown, walk.points.shape[2])
-        ax.set_title(f"{name}\n{scene.xlabel.partition(' (')[0]} {scene.x[k]:.2g}; {drawn} of {n} pairs", fontsize=TEXT_SIZE)
-        ax.set(xticks=[], yticks=[], xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        at, pairs = f"{scene.xlabel.partition(' (')[0]} {scene.x[k]:.2g}", f"{drawn} of {n} pairs"
+        if not beside:
+            ax.set_title(f"{name}\n{at}; {pairs}", fontsize=TEXT_SIZE)
+        elif ax.get_subplotspec().is_first_row():
+            ax.set_title(at, fontsize=TEXT_SIZE)
+        if beside and ax.get_subplotspec().is_first_col():
+            ax.set_ylabel(f"{name}\n{pairs}", fontsize=TEXT_SIZE)
+        ax.set(xticks=[], yticks=[], xlim=(-reach, reach), ylim=(-reach, 1.22 * reach), aspect="equal")
         for spine in ax.spines.values():
             spine.set(visible=True, color="0.8")
     look: dict[str, Any] = {"linewidth": 0, "markersize": 5}
